@@ -1,0 +1,26 @@
+from diffusion_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.name = 'digits'
+
+    config.model.channels = 32
+    config.model.channel_multipliers = (1, 2)
+    config.model.attention_resolutions = (4,)
+    config.loss.prediction = 'v'
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.decay = 'cosine'
+    config.ema_decay = 0.995
+
+    config.train.num_steps = 1000
+    config.train.batch_size = 64
+    config.train.log_every = 50
+    config.train.eval_every = 250
+    config.train.sample_every = 500
+    config.train.checkpoint_every = 250
+
+    config.sample.steps = 25
+    config.sample.guidance_scale = 2.0
+    return config

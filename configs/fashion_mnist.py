@@ -1,0 +1,32 @@
+"""Fashion-MNIST at 28x28, class-conditional, on a laptop's CPU."""
+
+from diffusion_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.name = 'fashion_mnist'
+
+    config.model.channels = 16
+    config.model.channel_multipliers = (1, 2, 4)
+    config.model.num_res_blocks = 1
+    config.model.attention_resolutions = (7,)
+    config.schedule.name = 'cosine'
+    config.loss.prediction = 'v'
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay = 'cosine'
+    config.ema_decay = 0.995
+
+    config.train.num_steps = 2000
+    config.train.batch_size = 64
+    config.train.log_every = 50
+    config.train.eval_every = 500
+    config.train.sample_every = 500
+    config.train.checkpoint_every = 500
+
+    config.sample.num = 80
+    config.sample.steps = 25
+    config.sample.guidance_scale = 2.0
+    config.evaluate.num = 500
+    return config

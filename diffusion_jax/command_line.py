@@ -1,0 +1,115 @@
+"""What stands between a shell and the library: modes by name, and errors as one message instead of a traceback."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion_jax.errors import TrainingDiverged, UsageError
+from diffusion_jax.registry import lookup, unknown
+
+Mode = Callable[[ConfigDict, str], Any]
+
+
+# Each mode imports what it needs when it runs: --help and a mistyped flag answer at once.
+def _train(config: ConfigDict, workdir: str) -> None:
+    from diffusion_jax.training.train import train
+
+    train(config, workdir)
+
+
+def _sample(config: ConfigDict, workdir: str) -> None:
+    from diffusion_jax.pipelines.workdir import sample
+
+    sample(config, workdir)
+
+
+def _evaluate(config: ConfigDict, workdir: str) -> None:
+    from diffusion_jax.evaluation import evaluate
+
+    evaluate(config, workdir)
+
+
+MODES: dict[str, Mode] = {'train': _train, 'sample': _sample, 'evaluate': _evaluate}
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags and calls main; exits 1 with one message for what the caller can mend, 130 when interrupted."""
+    logger = logging.getLogger('diffusion_jax')
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(_AboveTheBar())
+    try:
+        app.run(main, flags_parser=_parse)
+    except (UsageError, TrainingDiverged) as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print('interrupted: the same command goes on from the newest checkpoint.', file=sys.stderr)
+        sys.exit(130)
+
+
+class _AboveTheBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if not any(arg.lstrip('-').split('=')[0] in ('help', 'helpfull', 'helpshort') for arg in argv[1:]):
+        _check(argv)
+    try:
+        rest = flags.FLAGS(argv)
+        if not flags.FLAGS['verbosity'].present:
+            absl_logging.set_verbosity('warning')  # Orbax tells every file that it touches
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f'{error} (--help shows the flags).') from error
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The value given as --flag=value or --flag value."""
+    for arg, following in zip(argv, [*argv[1:], None], strict=True):
+        name, equals, value = arg.partition('=')
+        if name in (f'--{flag}', f'-{flag}'):
+            return value if equals else following
+    return None
+
+
+def _check(argv: list[str]) -> None:
+    """The config file, its overridden keys, the mode and the workdir: a `UsageError` with the valid choices."""
+    known = sorted(str(path) for path in Path('configs').glob('*.py'))
+    file = _value(argv, 'config')
+    if not file:
+        raise UsageError(f'--config is missing: name a config file. Here are: {", ".join(known) or "none"}.')
+    if not Path(file.split(':')[0]).is_file():
+        raise unknown('config file', file, known)
+    if not _value(argv, 'workdir'):
+        raise UsageError('--workdir is missing: name a folder for the run, such as --workdir=runs/digits.')
+    lookup('mode', MODES, _value(argv, 'mode') or 'train')
+    keys = _keys(file)
+    for arg in argv[1:]:
+        name = arg.lstrip('-').split('=')[0]
+        if name.startswith('config.') and name.removeprefix('config.') not in keys:
+            section = name.removeprefix('config.').rpartition('.')[0]
+            nearby = {key for key in keys if key.rpartition('.')[0] == section} or keys
+            raise unknown(f'key of {file}:', name.removeprefix('config.'), nearby)
+
+
+def _keys(file: str) -> set[str]:
+    """The dotted keys of a config file."""
+    from ml_collections.config_flags import config_flags
+
+    from diffusion_jax.config import flatten
+
+    try:
+        config = config_flags.ConfigFileFlagParser('config', lock_config=True).parse(file)
+        return set(flatten(config.to_dict()))
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UsageError(f'the config file {file} cannot be read: {reason[-1] if reason else error!r}') from error

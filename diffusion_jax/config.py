@@ -1,0 +1,156 @@
+"""What a config holds: every key with its default. A config file starts from `default_config()` and changes some.
+
+Configs are data: they name things ('ddim', 'cosine') that the registries resolve. The config that comes back is locked,
+so that a key that does not exist is an error and not a new key.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from diffusion_jax.errors import UsageError
+from diffusion_jax.models import UNet
+from diffusion_jax.registry import parameters_of
+
+
+def default_config() -> ConfigDict:
+    """All keys. The model's resolution, image channels and number of classes come from the data."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict(
+        {
+            'name': 'digits',  # one of data.SOURCES
+            'dir': placeholder(str),  # where its files are, if not in their usual place
+            'resolution': placeholder(int),  # resize to this; the data's own by default
+            'flip': False,  # mirror training images at random
+            'placement': 'auto',  # 'device', 'host' or 'auto'
+        }
+    )
+    config.class_conditional = True  # condition on the label, if the data has labels
+    config.label_dropout = 0.1  # how often the null label replaces it, for classifier-free guidance
+
+    config.model = ConfigDict({'name': 'unet', **_defaults_of(UNet)})  # and all of its arguments
+    config.schedule = ConfigDict({'name': 'cosine', 'num_timesteps': 1000})  # num_timesteps=None: continuous
+    config.loss = ConfigDict(
+        {
+            'prediction': 'eps',  # 'eps', 'x0' or 'v'
+            'weighting': {'name': 'simple'},  # one of losses.WEIGHTINGS
+            'time_sampler': 'uniform',  # or 'stratified'
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            'name': 'adam',  # or 'adamw'
+            'learning_rate': 2e-4,
+            'warmup_steps': 0,  # linear, from 0
+            'decay': 'constant',  # or 'cosine', 'linear': to 0 at train.num_steps
+            'b1': 0.9,
+            'b2': 0.999,
+            'weight_decay': 0.0,  # adamw only
+            'clip_norm': 1.0,  # of the whole gradient
+        }
+    )
+    config.ema_decay = 0.9999  # with warm-up: min(ema_decay, (1 + step) / (10 + step))
+    config.train = ConfigDict(
+        {
+            'num_steps': 1000,
+            'batch_size': 128,
+            'log_every': 100,
+            'eval_every': 1000,  # held-out loss of the averaged parameters
+            'sample_every': 1000,  # a grid of samples
+            'checkpoint_every': 1000,
+            'keep_checkpoints': 2,  # the newest ones; the one of least held-out loss is kept besides
+        }
+    )
+    config.sample = ConfigDict(
+        {
+            'num': 100,
+            'labels': 'all',  # 'all': every class in turn; or '3', or '0,1,2', likewise in turn
+            'solver': 'ddim',  # one of samplers.SOLVERS
+            'steps': 50,
+            'spacing': 'trailing',  # one of samplers.SPACINGS
+            'eta': placeholder(float),  # ddim's
+            'variance': placeholder(str),  # ddpm's: 'small' or 'large'
+            'guidance_scale': placeholder(float),  # None: the conditional model alone
+            'clip': True,  # the predicted x0, to [-1, 1]
+            'seed': 0,
+            'batch_size': 100,
+            'ema': True,  # the averaged parameters, or the raw ones
+            'checkpoint': 'newest',  # or 'best' (least held-out loss)
+        }
+    )
+    config.evaluate = ConfigDict(
+        {
+            'evaluators': ('class_agreement', 'nearest_neighbour'),  # of evaluation.EVALUATORS
+            'num': 1000,  # samples, drawn as config.sample says
+            'after_training': True,
+        }
+    )
+    return config.lock()
+
+
+def _defaults_of(module: Callable[..., Any]) -> dict[str, Any]:
+    """A module's keyword arguments with their defaults, save those that come from the data."""
+    return {
+        p.name: placeholder(int) if p.default is None else p.default
+        for p in parameters_of(module).values()
+        if p.default is not p.empty and p.name not in FROM_DATA
+    }
+
+
+FROM_DATA = ('resolution', 'image_channels', 'num_classes')
+"""Arguments of a model that the data sets decide."""
+
+SOLVER_OPTIONS = ('eta', 'variance')
+"""Keys of config.sample that go to the solver, where they are given."""
+
+FREE_TO_CHANGE = ('sample.', 'evaluate.', 'data.dir', 'data.placement', 'train.num_steps', 'train.log_every')
+FREE_TO_CHANGE += ('train.eval_every', 'train.sample_every', 'train.checkpoint_every', 'train.keep_checkpoints')
+"""Keys that a run may be resumed or sampled with another value of: they do not alter what was trained so far."""
+
+
+def options(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section that names a thing, as keyword arguments for `registry.build`."""
+    return {key: value.to_dict() if isinstance(value, ConfigDict) else value for key, value in section.items()}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}, with values as JSON reads them back."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """'key: theirs -> ours' for each key that matters to what was trained (see `FREE_TO_CHANGE`)."""
+    ours, theirs = flatten(ours), flatten(theirs)
+    return [
+        f'{key}: {theirs.get(key, "(absent)")!r} -> {ours.get(key, "(absent)")!r}'
+        for key in sorted(ours.keys() | theirs.keys())
+        if not key.startswith(FREE_TO_CHANGE) and ours.get(key) != theirs.get(key)
+    ]
+
+
+def check_keys(config: ConfigDict) -> None:
+    """A `UsageError` for keys of a config file that no default has (the model's own arguments aside) or lacks."""
+    have = {k for k in flatten(config.to_dict()) if not _open_ended(k)}
+    want = {k for k in flatten(default_config().to_dict()) if not _open_ended(k)}
+    _refuse('has unknown keys', have - want, want)
+    _refuse('lacks keys', want - have, want)
+
+
+def _open_ended(key: str) -> bool:
+    return key.startswith(('model.', 'schedule.', 'loss.weighting.'))
+
+
+def _refuse(what: str, keys: set[str], valid: Iterable[str]) -> None:
+    if keys:
+        raise UsageError(f'the config {what}: {", ".join(sorted(keys))}. Valid keys: {", ".join(sorted(valid))}.')

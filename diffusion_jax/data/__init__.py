@@ -1,0 +1,6 @@
+"""Image datasets: where they are read from and how they are held in memory."""
+
+from diffusion_jax.data.image_set import ImageSet, Splits
+from diffusion_jax.data.sources import SOURCES, load
+
+__all__ = ['SOURCES', 'ImageSet', 'Splits', 'load']

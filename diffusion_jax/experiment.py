@@ -1,0 +1,141 @@
+"""From a config to the things that it names, and what a workdir remembers of the run that it holds."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import PRNGKeyArray
+from ml_collections import ConfigDict
+
+from diffusion_jax import data, losses
+from diffusion_jax.config import check_keys, differences, options
+from diffusion_jax.errors import UsageError
+from diffusion_jax.models import MODELS, Params, functional
+from diffusion_jax.registry import build, lookup
+from diffusion_jax.schedules import SCHEDULES, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a model must know of its data, without the data.
+
+    Attributes:
+      image_shape: (H, W, C).
+      class_names: empty for unlabelled data.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The network, the schedule and the objective that a config names.
+
+    Attributes:
+      init: key -> parameters.
+      apply: `apply(params, x, t, **conditioning)`.
+      loss: `loss(params, x0, key, **conditioning)` -> [B].
+      num_classes: 0 if the model is not conditioned on labels.
+    """
+
+    init: Callable[[PRNGKeyArray], Params]
+    apply: Callable[..., Any]
+    loss: losses.Loss
+    schedule: Schedule
+    prediction: str
+    data: DataInfo
+    num_classes: int
+
+
+def load_data(config: ConfigDict) -> data.Splits:
+    """The train and test images that `config.data` names."""
+    section = config.data
+    chosen = {'data_dir': section.dir, 'resolution': section.resolution}
+    return data.load(section.name, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def info_of(splits: data.Splits) -> DataInfo:
+    return DataInfo(splits.train.image_shape, splits.train.class_names)
+
+
+def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
+    """Resolves every name that matters to the model; a `UsageError` names what does not fit."""
+    check_keys(config)
+    height, width, channels = info.image_shape
+    if height != width:
+        raise UsageError(f'images must be square, got {height}x{width}: set data.resolution.')
+    if not 0 <= config.label_dropout <= 1:
+        raise UsageError(f'label_dropout must be in [0, 1], got {config.label_dropout}.')
+    if not 0 <= config.ema_decay < 1:
+        raise UsageError(f'ema_decay must be in [0, 1), got {config.ema_decay}.')
+    num_classes = len(info.class_names) if config.class_conditional else 0
+    schedule = build('schedule', SCHEDULES, **options(config.schedule))
+    init, apply = functional(
+        lambda rngs: build(
+            'model',
+            MODELS,
+            **options(config.model),
+            resolution=height,
+            image_channels=channels,
+            num_classes=num_classes,
+            rngs=rngs,
+        )
+    )
+    loss = functools.partial(
+        losses.diffusion_loss,
+        apply,
+        schedule=schedule,
+        prediction=config.loss.prediction,
+        weighting=build('weighting', losses.WEIGHTINGS, **options(config.loss.weighting)),
+        time_sampler=lookup('time_sampler', losses.TIME_SAMPLERS, config.loss.time_sampler),
+    )
+    lookup('prediction to train on', losses.LOG_ERROR_SCALE, config.loss.prediction)
+    return Experiment(init, apply, loss, schedule, config.loss.prediction, info, num_classes)
+
+
+# --- the workdir's record ---------------------------------------------------------------------------------------------
+
+
+def record_path(workdir: str | Path) -> Path:
+    return Path(workdir) / 'config.json'
+
+
+def write_record(workdir: str | Path, config: ConfigDict, info: DataInfo) -> None:
+    """Writes down the config and what the model knows of its data, so that the workdir stands on its own."""
+    path = record_path(workdir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({'config': config.to_dict(), 'data': dataclasses.asdict(info)}, indent=1)
+    part = path.with_suffix('.part')
+    part.write_text(text + '\n')
+    part.replace(path)
+
+
+def read_record(workdir: str | Path) -> tuple[dict[str, Any], DataInfo] | None:
+    """(config, data info) of the run in a workdir; None if there is none."""
+    path = record_path(workdir)
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        info = DataInfo(tuple(record['data']['image_shape']), tuple(record['data']['class_names']))
+        return record['config'], info
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f'{path} is damaged ({error!r}): restore it, or use another --workdir.') from error
+
+
+def check_same_run(config: ConfigDict, workdir: str | Path) -> DataInfo | None:
+    """The data info of the run in the workdir (None: no run there), or a `UsageError` if its config is another one."""
+    record = read_record(workdir)
+    if record is None:
+        return None
+    changed = differences(config.to_dict(), record[0])
+    if changed:
+        raise UsageError(
+            f'{workdir} holds a run of another config. It differs in (run -> asked for): {"; ".join(changed)}. '
+            'Use that config, or another --workdir.'
+        )
+    return record[1]

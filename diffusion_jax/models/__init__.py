@@ -1,0 +1,12 @@
+"""Flax (NNX) modules. Outside of here only `apply(params, x, t, **conditioning)` is seen: see `functional`."""
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from diffusion_jax.models.functional import Params, count_params, functional, split
+from diffusion_jax.models.unet import UNet
+
+MODELS: dict[str, Callable[..., nnx.Module]] = {'unet': UNet}
+
+__all__ = ['MODELS', 'Params', 'UNet', 'count_params', 'functional', 'split']

@@ -1,0 +1,246 @@
+"""What alpha(t), sigma(t) and the log-SNR are. Nothing else in the package knows a beta.
+
+A schedule describes q(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I) for t in [0, 1], from data (t = 0) to noise (t = 1),
+with log_snr(t) = log(alpha(t)^2 / sigma(t)^2). Every schedule here is variance preserving, alpha^2 + sigma^2 = 1: the
+log-SNR alone fixes both, and reading them from it keeps full relative precision in float32 at either end, where
+1 - alpha_bar computed in float32 is off by up to 5e-4.
+
+`linear`, `cosine`, `scaled_linear` and `sigmoid` give the published discrete chain of `num_timesteps` betas, or with
+`num_timesteps=None` its continuous-time limit. A chain of T steps is the grid t_i = (i + 1) / T, i = 0 .. T-1, on which
+its values are exact; t = 0 is the data itself, and in between the log-SNR is interpolated.
+
+Methods take t as a Python float or NumPy array, computed in float64 on the host, or as a JAX array (traced or not).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from diffusion_jax.errors import UsageError
+
+Time = float | np.ndarray | Float[Array, '...']
+
+
+def namespace(*values) -> ModuleType:
+    """jax.numpy if any value is a JAX array (or traced), else numpy, whose arithmetic is float64."""
+    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+
+
+def _as_time(t: Time) -> np.ndarray | jax.Array:
+    if isinstance(t, jax.Array):
+        return t if t.dtype in (jnp.float32, jnp.float64) else t.astype(jnp.float32)
+    return np.asarray(t, np.float64)
+
+
+class Schedule:
+    """Base of every schedule: a subclass defines `log_snr`; `alpha`, `sigma`, drift and diffusion follow from it."""
+
+    num_timesteps: int | None = None
+    """Length of the discrete chain; None in continuous time."""
+
+    def log_snr(self, t: Time):
+        """log(alpha^2 / sigma^2) at t in [0, 1], decreasing in t; +inf at t = 0."""
+        raise NotImplementedError
+
+    def alpha(self, t: Time):
+        """The signal's share of x_t at t in [0, 1]; 1 at t = 0."""
+        log_snr = self.log_snr(t)
+        return namespace(log_snr).exp(-0.5 * namespace(log_snr).logaddexp(0.0, -log_snr))
+
+    def sigma(self, t: Time):
+        """The noise's standard deviation in x_t at t in [0, 1]; 0 at t = 0."""
+        log_snr = self.log_snr(t)
+        return namespace(log_snr).exp(-0.5 * namespace(log_snr).logaddexp(0.0, log_snr))
+
+    def timestep(self, t: Time):
+        """What a network is told of the time: 0 .. T-1 on a chain of T steps, 1000 t in continuous time."""
+        return 1000.0 * _as_time(t)
+
+    def drift(self, t: Float[Array, '...']) -> Float[Array, '...']:
+        """f(t) = d log alpha / dt of the forward SDE dx = f x dt + g dW (Song et al. 2021), t in (0, 1)."""
+        t = jnp.asarray(t)
+        return jax.jvp(lambda u: jnp.log(self.alpha(u)), (t,), (jnp.ones_like(t),))[1]
+
+    def diffusion(self, t: Float[Array, '...']) -> Float[Array, '...']:
+        """g(t) of the forward SDE: g^2 = -sigma^2 d log_snr / dt (Kingma et al. 2021, eq. 20), t in (0, 1)."""
+        t = jnp.asarray(t)
+        slope = jax.jvp(self.log_snr, (t,), (jnp.ones_like(t),))[1]
+        return self.sigma(t) * jnp.sqrt(-slope)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Continuous(Schedule):
+    """A variance-preserving schedule given by its log-SNR, `formula(t, xp)` with xp numpy or jax.numpy."""
+
+    formula: Callable[[np.ndarray | jax.Array, ModuleType], np.ndarray | jax.Array]
+
+    def log_snr(self, t: Time):
+        t = _as_time(t)
+        with np.errstate(divide='ignore'):  # t = 0 is +inf by definition
+            return self.formula(t, namespace(t))
+
+
+class Chain(Schedule):
+    """The discrete chain of T betas, q(x_i | x_{i-1}) = N(sqrt(1 - beta_i) x_{i-1}, beta_i I) (Ho et al. 2020, eq. 2).
+
+    Attributes, float64 NumPy arrays of shape [T]: `betas`, `alphas_cumprod` (the products of 1 - beta),
+    `log_snrs`, and `posterior_variances` of q(x_{i-1} | x_i, x_0) (eq. 7; its first entry is 0).
+    """
+
+    def __init__(self, betas):
+        betas = np.asarray(betas, np.float64)
+        if betas.ndim != 1 or betas.size == 0 or not np.all((betas > 0) & (betas <= 1)):
+            raise UsageError(f'betas must be a non-empty list of numbers in (0, 1], got {betas}.')
+        self.betas = betas
+        self.num_timesteps = len(betas)
+        self.alphas_cumprod = np.cumprod(1.0 - betas)
+        with np.errstate(divide='ignore'):  # a last beta of 1 is zero terminal SNR: log_snr = -inf
+            log_alpha_bar = np.cumsum(np.log1p(-betas))
+            self.log_snrs = log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
+        previous = np.append(1.0, self.alphas_cumprod[:-1])
+        self.posterior_variances = betas * (1.0 - previous) / (1.0 - self.alphas_cumprod)
+
+    def time(self, index):
+        """The continuous time t = (index + 1) / T of the chain's index 0 .. T-1."""
+        return (index + 1) / self.num_timesteps
+
+    def _position(self, t: Time):
+        """t as a fractional index in [-1, T-1], and exactly the index wherever t is one up to rounding."""
+        t = _as_time(t)
+        xp = namespace(t)
+        position = t * self.num_timesteps - 1.0
+        offset = xp.round(position) - position
+        # float32 carries t to 6e-8, so t * T to 2e-3 for any T in use. The offset is a constant to derivatives.
+        snap = xp.where(abs(offset) < 2e-3, offset, 0.0)
+        position = position + (jax.lax.stop_gradient(snap) if xp is jnp else snap)
+        return xp.clip(position, -1.0, self.num_timesteps - 1.0)
+
+    def timestep(self, t: Time):
+        position = self._position(t)
+        return namespace(position).maximum(position, 0.0)
+
+    def log_snr(self, t: Time):
+        position = self._position(t)
+        xp = namespace(position)
+        table = xp.asarray(self.log_snrs, dtype=position.dtype)
+        last = self.num_timesteps - 1
+        lower = xp.clip(xp.floor(position), 0, max(last - 1, 0)).astype(int)
+        below, above = table[lower], table[xp.minimum(lower + 1, last)]
+        fraction = xp.maximum(position - lower, 0.0)
+        finite = xp.isfinite(above)  # not so at a zero-SNR end
+        inside = below + fraction * (xp.where(finite, above, below) - below)
+        rounding = xp.where(fraction == 1, xp.where(finite, above, below) - inside, 0.0)
+        inside = inside + (jax.lax.stop_gradient(rounding) if xp is jnp else rounding)
+        inside = xp.where(finite | (fraction == 0), inside, -xp.inf)
+        # Between the data (t = 0) and the first step the variance grows linearly from 0.
+        first = self.log_snrs[0]
+        variance = math.exp(-np.logaddexp(0.0, first)) * xp.clip(position + 1.0, 0.0, 1.0)
+        with np.errstate(divide='ignore'):
+            before = xp.log1p(-variance) - xp.log(variance)
+        return xp.where(position < 0, before, inside)
+
+
+def _chain_or_limit(num_timesteps: int | None, betas: Callable[[int], np.ndarray], limit) -> Schedule:
+    if num_timesteps is None:
+        return Continuous(limit)
+    if num_timesteps < 1:
+        raise UsageError(f'num_timesteps must be at least 1 (or None for continuous time), got {num_timesteps}.')
+    return Chain(betas(num_timesteps))
+
+
+def _log_snr_of_log_alpha_bar(log_alpha_bar, xp):
+    return log_alpha_bar - xp.log(-xp.expm1(log_alpha_bar))
+
+
+def _betas_of_log_snr(formula, num_timesteps: int, max_beta: float = 0.999) -> np.ndarray:
+    """beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta) (Nichol & Dhariwal 2021, eq. 17)."""
+    with np.errstate(divide='ignore', over='ignore'):
+        log_snr = formula(np.linspace(0.0, 1.0, num_timesteps + 1), np)
+        log_alpha_bar = -np.logaddexp(0.0, -log_snr)
+        return np.minimum(-np.expm1(np.diff(log_alpha_bar)), max_beta)
+
+
+def linear(
+    num_timesteps: int | None = 1000, beta_start: float | None = None, beta_end: float | None = None
+) -> Schedule:
+    """Betas rising linearly (Ho et al. 2020, section 4): 1e-4 to 0.02 for T = 1000.
+
+    Betas left out are scaled by 1000 / T, so that a chain of any length ends in the same noise (as guided-diffusion
+    does); betas given are used as they are. With `num_timesteps=None`, betas are those of T = 1000 and the schedule is the VP
+    SDE with beta(t) from 0.1 to 20 (Song et al. 2021, eq. 33).
+    """
+    length = 1000 if num_timesteps is None else num_timesteps
+    start = 0.1 / length if beta_start is None else beta_start
+    end = 20.0 / length if beta_end is None else beta_end
+
+    def limit(t, xp):
+        return _log_snr_of_log_alpha_bar(-length * (start * t + 0.5 * (end - start) * t**2), xp)
+
+    return _chain_or_limit(num_timesteps, lambda n: np.linspace(start, end, n), limit)
+
+
+def scaled_linear(
+    num_timesteps: int | None = 1000, beta_start: float | None = None, beta_end: float | None = None
+) -> Schedule:
+    """Betas whose square roots rise linearly (Rombach et al. 2022; Stable Diffusion): 0.00085 to 0.012 for T = 1000.
+
+    Betas left out are scaled by 1000 / T, betas given are used as they are, as in `linear`.
+    """
+    length = 1000 if num_timesteps is None else num_timesteps
+    root_start = math.sqrt(0.85 / length if beta_start is None else beta_start)
+    root_end = math.sqrt(12.0 / length if beta_end is None else beta_end)
+
+    def limit(t, xp):
+        slope = root_end - root_start
+        return _log_snr_of_log_alpha_bar(
+            -length * t * (root_start**2 + root_start * slope * t + (slope * t) ** 2 / 3), xp
+        )
+
+    return _chain_or_limit(num_timesteps, lambda n: np.linspace(root_start, root_end, n) ** 2, limit)
+
+
+def cosine(num_timesteps: int | None = 1000, s: float = 0.008) -> Schedule:
+    """alpha_bar(t) = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) pi / 2) (Nichol & Dhariwal 2021, eq. 17).
+
+    The chain clips its betas at 0.999, as published. The continuous limit ends at zero signal: log_snr(1) = -inf.
+    """
+    start = s / (1 + s) * math.pi / 2
+
+    def limit(t, xp):
+        # f(0) - f(t) is a product of sines and cos at the end a sine: no cancellation at either end.
+        angle = t / (1 + s) * math.pi / 2
+        remaining = (1 - t) / (1 + s) * math.pi / 2
+        return 2 * xp.log(xp.sin(remaining)) - xp.log(xp.sin(angle)) - xp.log(xp.sin(angle + 2 * start))
+
+    return _chain_or_limit(num_timesteps, lambda n: _betas_of_log_snr(limit, n), limit)
+
+
+def sigmoid(num_timesteps: int | None = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Schedule:
+    """alpha_bar(t) falling along a sigmoid between start / tau and end / tau (Jabri et al. 2022, algorithm 5).
+
+    The chain clips its betas at 0.999. The continuous limit ends at zero signal: log_snr(1) = -inf.
+    """
+    if not (start < end and tau > 0):
+        raise UsageError(f'sigmoid needs start < end and tau > 0, got start={start}, end={end}, tau={tau}.')
+    constant = math.log(math.cosh(start / tau / 2)) - math.log(math.cosh(end / tau / 2))
+
+    def limit(t, xp):
+        # Differences of sigmoids as hyperbolic sines: exact at both ends.
+        half_range = (end - start) / tau / 2
+        return xp.log(xp.sinh((1 - t) * half_range)) - xp.log(xp.sinh(t * half_range)) + constant
+
+    return _chain_or_limit(num_timesteps, lambda n: _betas_of_log_snr(limit, n), limit)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    'linear': linear,
+    'cosine': cosine,
+    'scaled_linear': scaled_linear,
+    'sigmoid': sigmoid,
+}

@@ -1,0 +1,111 @@
+"""What a run writes down: `metrics.jsonl` for scripts, TensorBoard events for eyes, and the curves as a picture."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_jax.errors import TrainingDiverged
+
+
+class RunningMetrics:
+    """Metrics of the steps since the last report. They stay on the device: the host must not wait for every step."""
+
+    def __init__(self):
+        self._on_device: list[tuple[int, dict[str, jax.Array]]] = []
+        self._on_host: list[dict[str, float]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes a step's metrics, and waits for those of the step before: one step ahead is enough to keep busy."""
+        if self._on_device:
+            jax.block_until_ready(self._on_device[-1][1])
+        self._on_device.append((step, metrics))
+
+    def check(self) -> None:
+        """Waits for the steps so far.
+
+        Raises:
+          TrainingDiverged: a metric of one of them is NaN or infinite.
+        """
+        rows, self._on_device = jax.device_get(self._on_device), []
+        for step, row in rows:
+            if not all(math.isfinite(value) for value in row.values()):
+                raise TrainingDiverged(
+                    f'step {step}: ' + ', '.join(f'{name} {value:.4g}' for name, value in row.items())
+                )
+            self._on_host.append(row)
+
+    def report(self) -> dict[str, float]:
+        """The mean of each metric over the steps since the last report, all of them checked."""
+        self.check()
+        rows, self._on_host = self._on_host, []
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+class MetricsWriter:
+    """Scalars and images of a run, in its workdir.
+
+    Opened at the step that a run resumes from, it drops what an earlier, killed run wrote after that step: the same
+    steps are about to be made again.
+    """
+
+    def __init__(self, workdir: str | Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        workdir = Path(workdir)
+        path = workdir / 'metrics.jsonl'
+        kept = [row for row in read_metrics(workdir) if row['step'] <= step]
+        part = path.with_suffix('.part')
+        part.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+        part.replace(path)
+        self._file = path.open('a')
+        self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({'step': step, **values}) + '\n')
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._board.add_image(name, picture, step, dataformats='HWC')
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, each a dict with its 'step'; a last line cut short by a kill is left out."""
+    path = Path(workdir) / 'metrics.jsonl'
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_curves(workdir: str | Path) -> Path:
+    """Writes `curves.png`: training and held-out loss against the step, on logarithmic axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(workdir)
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, style in (('loss', '-'), ('held_out_loss', 'o-')):
+        points = [(row['step'], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name.replace('_', ' '), markersize=4)
+    axes.set(xlabel='step', ylabel='loss', xscale='log', yscale='log')
+    axes.legend()
+    axes.grid(alpha=0.3, which='both')
+    path = Path(workdir) / 'curves.png'
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,27 @@
+"""Train a diffusion model, sample from it, or score it.
+
+  python main.py --config=configs/digits.py --workdir=runs/digits
+  python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample --config.sample.labels=3
+
+Any key of the config can be set on the command line: --config.KEY=VALUE.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from diffusion_jax import command_line
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'The config file, such as configs/digits.py.', lock_config=True
+)
+WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run: checkpoints, metrics, samples.')
+MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(command_line.MODES)}.')
+
+
+def main(argv: list[str]) -> None:
+    command_line.MODES[MODE.value](CONFIG.value, WORKDIR.value)
+
+
+if __name__ == '__main__':
+    command_line.run(main)
