@@ -27,7 +27,7 @@ def classifier_free(
     """
     if set(null_conditioning) != set(denoiser.conditioning):
         raise ValueError(
-            f'null_conditioning has the keys {sorted(null_conditioning)}, the conditioning {sorted(denoiser.conditioning)}.'
+            f'null_conditioning has keys {sorted(null_conditioning)}, the conditioning {sorted(denoiser.conditioning)}.'
         )
     # Each sample's two halves lie side by side, so that a batch sharded over devices stays where it is.
     pairs = jax.tree.map(

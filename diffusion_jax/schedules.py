@@ -118,8 +118,7 @@ class Chain(Schedule):
         offset = xp.round(position) - position
         # float32 carries t to 6e-8, so t * T to 2e-3 for any T in use. The offset is a constant to derivatives.
         snap = xp.where(abs(offset) < 2e-3, offset, 0.0)
-        position = position + (jax.lax.stop_gradient(snap) if xp is jnp else snap)
-        return xp.clip(position, -1.0, self.num_timesteps - 1.0)
+        return position + (jax.lax.stop_gradient(snap) if xp is jnp else snap)
 
     def timestep(self, t: Time):
         position = self._position(t)
@@ -132,7 +131,7 @@ class Chain(Schedule):
         last = self.num_timesteps - 1
         lower = xp.clip(xp.floor(position), 0, max(last - 1, 0)).astype(int)
         below, above = table[lower], table[xp.minimum(lower + 1, last)]
-        fraction = xp.maximum(position - lower, 0.0)
+        fraction = xp.where(position < 0, 0.0, position - lower)
         finite = xp.isfinite(above)  # not so at a zero-SNR end
         inside = below + fraction * (xp.where(finite, above, below) - below)
         rounding = xp.where(fraction == 1, xp.where(finite, above, below) - inside, 0.0)
@@ -146,24 +145,30 @@ class Chain(Schedule):
         return xp.where(position < 0, before, inside)
 
 
-def _chain_or_limit(num_timesteps: int | None, betas: Callable[[int], np.ndarray], limit) -> Schedule:
-    if num_timesteps is None:
-        return Continuous(limit)
-    if num_timesteps < 1:
+MAX_BETA = 0.999
+"""Of the cosine chain as published, and of every beta that is not given but derived."""
+
+
+def _length(num_timesteps: int | None) -> int:
+    if num_timesteps is not None and num_timesteps < 1:
         raise UsageError(f'num_timesteps must be at least 1 (or None for continuous time), got {num_timesteps}.')
-    return Chain(betas(num_timesteps))
+    return num_timesteps or 1000
+
+
+def _chain_or_limit(num_timesteps: int | None, betas: Callable[[int], np.ndarray], limit) -> Schedule:
+    return Continuous(limit) if num_timesteps is None else Chain(betas(_length(num_timesteps)))
 
 
 def _log_snr_of_log_alpha_bar(log_alpha_bar, xp):
     return log_alpha_bar - xp.log(-xp.expm1(log_alpha_bar))
 
 
-def _betas_of_log_snr(formula, num_timesteps: int, max_beta: float = 0.999) -> np.ndarray:
-    """beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta) (Nichol & Dhariwal 2021, eq. 17)."""
+def _betas_of_log_snr(formula, num_timesteps: int) -> np.ndarray:
+    """beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) (Nichol & Dhariwal 2021, eq. 17)."""
     with np.errstate(divide='ignore', over='ignore'):
         log_snr = formula(np.linspace(0.0, 1.0, num_timesteps + 1), np)
         log_alpha_bar = -np.logaddexp(0.0, -log_snr)
-        return np.minimum(-np.expm1(np.diff(log_alpha_bar)), max_beta)
+        return np.minimum(-np.expm1(np.diff(log_alpha_bar)), MAX_BETA)
 
 
 def linear(
@@ -172,12 +177,12 @@ def linear(
     """Betas rising linearly (Ho et al. 2020, section 4): 1e-4 to 0.02 for T = 1000.
 
     Betas left out are scaled by 1000 / T, so that a chain of any length ends in the same noise (as guided-diffusion
-    does); betas given are used as they are. With `num_timesteps=None`, betas are those of T = 1000 and the schedule is the VP
-    SDE with beta(t) from 0.1 to 20 (Song et al. 2021, eq. 33).
+    does), up to 0.999; betas given are used as they are. With `num_timesteps=None`, betas are those of T = 1000 and the
+    schedule is the VP SDE with beta(t) from 0.1 to 20 (Song et al. 2021, eq. 33).
     """
-    length = 1000 if num_timesteps is None else num_timesteps
+    length = _length(num_timesteps)
     start = 0.1 / length if beta_start is None else beta_start
-    end = 20.0 / length if beta_end is None else beta_end
+    end = min(20.0 / length, MAX_BETA) if beta_end is None else beta_end
 
     def limit(t, xp):
         return _log_snr_of_log_alpha_bar(-length * (start * t + 0.5 * (end - start) * t**2), xp)
@@ -192,9 +197,9 @@ def scaled_linear(
 
     Betas left out are scaled by 1000 / T, betas given are used as they are, as in `linear`.
     """
-    length = 1000 if num_timesteps is None else num_timesteps
+    length = _length(num_timesteps)
     root_start = math.sqrt(0.85 / length if beta_start is None else beta_start)
-    root_end = math.sqrt(12.0 / length if beta_end is None else beta_end)
+    root_end = math.sqrt(min(12.0 / length, MAX_BETA) if beta_end is None else beta_end)
 
     def limit(t, xp):
         slope = root_end - root_start

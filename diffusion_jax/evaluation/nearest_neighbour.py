@@ -18,9 +18,9 @@ def check(splits: Splits, num_classes: int) -> None:
 def evaluate(samples: Samples, splits: Splits) -> Result:
     """Distances (Euclidean, pixels in [0, 1]) of samples to their nearest training image, beside those of test images.
 
-    Test images are real and new by construction: their distances say how near an unseen real image comes. `near_copies` is the
-    share of samples nearer than 99% of the test images come: about 0.01 for images as new as the test set, about 1 for
-    a model that recites. The picture shows the nearest pairs of all, samples above their training images.
+    Test images are real and new by construction: their distances say how near an unseen real image comes. `near_copies`
+    is the share of samples nearer than 99% of the test images come: about 0.01 for images as new as the test set, about
+    1 for a model that recites. The picture shows the nearest pairs of all, samples above their training images.
     """
     from sklearn.neighbors import NearestNeighbors
 

@@ -34,7 +34,7 @@ SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 
 
 def check_grid(times) -> np.ndarray | jax.Array:
-    """Concrete times as float64 [N + 1] on the host, or a `UsageError` unless they fall in [0, 1]; traced ones as is."""
+    """Concrete times as float64 [N + 1] on the host, or a `UsageError` unless they fall in [0, 1]. Traced ones pass."""
     if isinstance(times, jax.core.Tracer):
         return times
     times = np.asarray(times, np.float64)
