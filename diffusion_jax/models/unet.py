@@ -59,7 +59,7 @@ class UNet(nnx.Module):
       middle_attention: attention between the two ResBlocks of the middle.
       num_heads: attention heads. `head_channels`, if given, sets channels per head instead.
       dropout: rate, inside every ResBlock.
-      num_groups: groups of every GroupNorm (the greatest common divisor with the channels).
+      num_groups: groups of every GroupNorm, at most: each has four channels or more.
       time_conditioning: 'additive' or 'scale_shift': how the embedding enters every ResBlock.
       resampling: 'conv' (strided, and nearest + conv) or 'resblock' (ResBlocks that resample, as in ADM).
       num_classes: 0 for an unconditional model; else labels 0 .. num_classes - 1, and num_classes is the learned null.
