@@ -1,3 +1,10 @@
+"""Handwritten digits, 8x8 (scikit-learn's, embedded: no download), class-conditional, on a laptop's CPU.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits
+
+RESULT
+"""
+
 from diffusion_jax.config import default_config
 
 

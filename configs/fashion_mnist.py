@@ -1,4 +1,9 @@
-"""Fashion-MNIST at 28x28, class-conditional, on a laptop's CPU."""
+"""Fashion-MNIST at 28x28, class-conditional: a short run on a laptop's CPU.
+
+    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+RESULT
+"""
 
 from diffusion_jax.config import default_config
 

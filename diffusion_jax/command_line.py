@@ -66,7 +66,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if not flags.FLAGS['verbosity'].present:
-            absl_logging.set_verbosity('warning')  # Orbax tells every file that it touches
+            absl_logging.set_verbosity('error')  # Orbax tells of every file that it touches
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f'{error} (--help shows the flags).') from error

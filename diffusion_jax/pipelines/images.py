@@ -145,7 +145,7 @@ class ImagePipeline:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batches * batch_size))
         sharding = sharded_batch(self.mesh)
         images = []
-        _PROGRESS.bar = tqdm(total=batches * steps, desc='sampling', unit='step') if progress else None
+        _PROGRESS.bar = tqdm(total=batches * steps, desc='sampling', unit='step', leave=None) if progress else None
         for start in range(0, batches * batch_size, batch_size):
             part = slice(start, start + batch_size)
             batch = _sample(

@@ -90,7 +90,7 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
     pipeline, step = load_pipeline(workdir, section.checkpoint, section.ema)
     check_sampling(pipeline, section)
     samples = sample_as_configured(pipeline, section)
-    settings = {name: value for name, value in section.items() if value is not None}
+    settings = {name: value for name, value in section.items() if name != 'labels' and value is not None}
     said = {'labels': section.labels.replace(',', '-'), 'guidance': section.guidance_scale, **_solver_options(section)}
     words = [f'{name}{value}' for name, value in said.items() if value not in (None, 'all')]
     raw = [] if section.ema else ['raw']

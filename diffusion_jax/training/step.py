@@ -77,7 +77,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay_at(state.step, ema_decay)
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
-        metrics = {'loss': mean_loss, 'grad_norm': optax.global_norm(grads)}
+        metrics = {'loss': mean_loss, 'grad_norm': optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
     return step

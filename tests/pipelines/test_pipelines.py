@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import UsageError, schedules
+from diffusion_jax.pipelines import ImagePipeline
+from diffusion_jax.pipelines.images import _sample, parse_labels, save_npz
+from diffusion_jax.training.sharding import make_mesh
+
+CHAIN = schedules.cosine(100)
+NAMES = ('low', 'middle', 'high')
+
+
+def apply(params, x, t, label=None):
+    """The velocity of a network that believes every image of label k to be the constant k / 2 - 1, and null 0."""
+    level = 0.0 if label is None else jnp.where(label == 3, 0.0, label * params['step'] - 0.5)[:, None, None, None]
+    time = (t + 1) / 100
+    alpha, sigma = CHAIN.alpha(time)[:, None, None, None], CHAIN.sigma(time)[:, None, None, None]
+    eps = (x - alpha * level) / sigma
+    return alpha * eps - sigma * level
+
+
+PARAMS = {'step': jnp.float32(0.5)}
+
+
+def make(class_names=NAMES, devices=8):
+    return ImagePipeline(apply, PARAMS, CHAIN, 'v', (2, 2, 1), class_names, make_mesh(jax.devices()[:devices]))
+
+
+def test_images_show_their_labels_and_guidance_exaggerates_them():
+    plain = make()(6, steps=5)
+    np.testing.assert_array_equal(plain.labels, [0, 1, 2, 0, 1, 2])
+    assert plain.images.shape == (6, 2, 2, 1)
+    assert plain.images.dtype == np.uint8
+    np.testing.assert_array_equal(plain.images[:3, 0, 0, 0], [64, 128, 191])  # -0.5, 0, 0.5
+    guided = make()(6, steps=5, guidance_scale=1.5)
+    np.testing.assert_array_equal(guided.images[:3, 0, 0, 0], [32, 128, 223])  # -0.75, 0, 0.75
+    np.testing.assert_array_equal(make()(4, labels=[2], steps=5).labels, [2, 2, 2, 2])
+
+
+def test_a_sample_depends_on_its_seed_and_number_alone():
+    """Not on the batch, the number of images or the devices."""
+    settings = {'solver': 'ddpm', 'steps': 4, 'clip': False, 'seed': 3, 'labels': [1]}
+
+    def noisy(pipeline, num, **changes):
+        # One step short of the end, noise is left in the image.
+        plan = pipeline.plan('ddpm', 4, 'trailing')
+        plan = jax.tree.map(lambda leaf: leaf[:-1], plan)
+        pipeline.plan = lambda *args, **kwargs: plan
+        return pipeline(num, **settings | changes).images
+
+    expected = noisy(make(), 20)
+    assert len(np.unique(expected)) > 10
+    np.testing.assert_array_equal(noisy(make(), 20, batch_size=8), expected)
+    np.testing.assert_array_equal(noisy(make(), 5), expected[:5])
+    np.testing.assert_array_equal(noisy(make(devices=1), 20, batch_size=7), expected)
+    assert (noisy(make(), 20, seed=4) != expected).any()
+
+
+def test_new_values_compile_nothing():
+    pipeline = make()
+    pipeline(16, steps=6, guidance_scale=1.0, labels=[0], batch_size=16)
+    before = _sample._cache_size()
+    for seed, scale, labels, eta in [(1, 2.0, [1], 0.5), (2, 0.0, [0, 2], 1.0), (3, 7.5, None, 0.0)]:
+        pipeline(16, steps=6, guidance_scale=scale, labels=labels, seed=seed, eta=eta, batch_size=16)
+    pipeline(40, steps=6, guidance_scale=3.0, batch_size=16, spacing='leading')
+    another = make()  # of the same network
+    another(16, steps=6, guidance_scale=3.0, batch_size=16)
+    assert _sample._cache_size() == before
+
+
+def test_guidance_one_is_the_conditional_model():
+    np.testing.assert_array_equal(make()(6, steps=5, guidance_scale=1.0).images, make()(6, steps=5).images)
+
+
+def test_an_unconditional_model_has_no_labels():
+    samples = make(class_names=())(3, steps=5)
+    assert samples.labels is None
+    np.testing.assert_array_equal(samples.images, 128)
+
+
+def test_progress_counts_every_step_of_every_batch(capsys):
+    make()(40, steps=5, batch_size=16, progress=True)
+    assert '15/15' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('class_names', 'settings', 'message'),
+    [
+        (NAMES, {'labels': [3]}, r'labels must be among 0..2 \(low, middle, high\), got \[3\]'),
+        (NAMES, {'labels': [-1]}, 'labels must be among'),
+        (NAMES, {'labels': []}, 'labels must be among'),
+        (NAMES, {'guidance_scale': -1.0}, 'guidance_scale must be 0 or more'),
+        (NAMES, {'guidance_scale': float('nan')}, 'guidance_scale must be 0 or more'),
+        (NAMES, {'num': 0}, 'at least 1, got 0'),
+        (NAMES, {'steps': 101}, r'steps must be in 1\.\.100'),
+        (NAMES, {'solver': 'euler'}, "unknown solver 'euler'.*ddim, ddpm"),
+        (NAMES, {'solver': 'ddpm', 'eta': 0.5}, "option of solver 'ddpm'"),
+        ((), {'labels': [0]}, 'unconditional'),
+        ((), {'guidance_scale': 2.0}, 'unconditional'),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(class_names, settings, message):
+    with pytest.raises(UsageError, match=message):
+        make(class_names)(**{'num': 3, 'steps': 5} | settings)
+
+
+def test_labels_are_parsed():
+    assert parse_labels('all') is None
+    assert parse_labels('3') == [3]
+    assert parse_labels('0, 1,2') == [0, 1, 2]
+    for text in ('', 'three', '1,,2'):
+        with pytest.raises(UsageError, match="'all' or numbers"):
+            parse_labels(text)
+
+
+def test_samples_are_saved_with_their_settings(tmp_path):
+    samples = make()(6, steps=5)
+    save_npz(tmp_path / 'a.npz', samples, step=7, solver='ddim', guidance_scale=2.0)
+    loaded = np.load(tmp_path / 'a.npz')
+    np.testing.assert_array_equal(loaded['images'], samples.images)
+    np.testing.assert_array_equal(loaded['labels'], samples.labels)
+    assert (int(loaded['step']), str(loaded['solver']), float(loaded['guidance_scale'])) == (7, 'ddim', 2.0)

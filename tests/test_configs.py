@@ -1,0 +1,81 @@
+"""Every shipped config builds, and says what its source says."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from runs import ROOT, load_config
+
+from diffusion_jax.config import default_config, differences, flatten
+from diffusion_jax.experiment import DataInfo, make_experiment
+from diffusion_jax.models import count_params
+from diffusion_jax.pipelines.workdir import check_sampling, pipeline_of
+from diffusion_jax.training.optimizer import make_optimizer
+
+TEN = tuple('0123456789')
+DATA = {
+    'cifar10': DataInfo((32, 32, 3), TEN),
+    'digits': DataInfo((8, 8, 1), TEN),
+    'fashion_mnist': DataInfo((28, 28, 1), TEN),
+    'unet64': DataInfo((64, 64, 3), ('cat', 'dog')),
+}
+MILLIONS = {'cifar10': 35.7, 'digits': 1.0, 'fashion_mnist': 0.7, 'unet64': 63.2}
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+def test_every_config_builds_and_has_a_header(path: Path):
+    config = load_config(path)
+    experiment = make_experiment(config, DATA[path.stem])
+    make_optimizer(**config.optimizer, num_steps=config.train.num_steps)
+    check_sampling(pipeline_of(experiment, {}), config.sample)
+    size = count_params(jax.eval_shape(experiment.init, jax.random.key(0))) / 1e6
+    assert size == pytest.approx(MILLIONS[path.stem], abs=0.05)
+    assert f'--config=configs/{path.name}' in path.read_text()
+
+
+def test_cifar10_is_the_papers_recipe():
+    flat = flatten(load_config(ROOT / 'configs' / 'cifar10.py').to_dict())
+    expected = {
+        'model.channels': 128,
+        'model.channel_multipliers': [1, 2, 2, 2],
+        'model.num_res_blocks': 2,
+        'model.attention_resolutions': [16],
+        'model.dropout': 0.1,
+        'schedule.name': 'linear',
+        'schedule.num_timesteps': 1000,
+        'loss.prediction': 'eps',
+        'loss.weighting.name': 'simple',
+        'optimizer.name': 'adam',
+        'optimizer.learning_rate': 2e-4,
+        'optimizer.warmup_steps': 5000,
+        'optimizer.clip_norm': 1.0,
+        'optimizer.decay': 'constant',
+        'ema_decay': 0.9999,
+        'train.batch_size': 128,
+        'train.num_steps': 800_000,
+        'data.flip': True,
+        'class_conditional': False,
+    }
+    assert {key: flat[key] for key in expected} == expected
+
+
+def test_defaults_are_locked_and_hold_every_argument_of_the_network():
+    config = default_config()
+    with pytest.raises(AttributeError):
+        config.train.steps = 3
+    assert 'time_conditioning' in config.model
+    assert 'resolution' not in config.model  # the data's
+
+
+def test_differences_tell_what_matters_to_a_run_and_nothing_else():
+    ours, theirs = default_config(), default_config()
+    ours.sample.steps = 7
+    ours.train.num_steps = 9
+    ours.data.dir = '/elsewhere'
+    assert differences(ours.to_dict(), theirs.to_dict()) == []
+    ours.model.channels = 32
+    ours.schedule.name = 'linear'
+    assert differences(ours.to_dict(), theirs.to_dict()) == [
+        'model.channels: 128 -> 32',
+        "schedule.name: 'cosine' -> 'linear'",
+    ]

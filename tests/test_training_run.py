@@ -1,0 +1,171 @@
+"""Whole runs, as a user starts them: killed and resumed, sampled, evaluated, diverged."""
+
+import json
+import random
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from runs import files_below, load_config, newest_state, run, start
+
+from diffusion_jax import TrainingDiverged, UsageError
+from diffusion_jax.pipelines import load_pipeline
+from diffusion_jax.training.metrics import read_metrics
+from diffusion_jax.training.train import train
+
+LONG = [
+    '--config.train.num_steps=200',
+    '--config.train.checkpoint_every=20',
+    '--config.train.eval_every=40',
+    '--config.train.log_every=1',
+    '--config.train.sample_every=200',
+    '--config.evaluate.after_training=False',
+]
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_a_killed_run_ends_bit_for_bit_like_an_unbroken_one(devices, tmp_path):
+    status, output = run(f'--workdir={tmp_path / "unbroken"}', *LONG, devices=devices)
+    assert status == 0, output
+
+    broken = tmp_path / 'broken'
+    kill_at = random.randrange(25, 180)
+    process = start(f'--workdir={broken}', *LONG, devices=devices)
+    while len(read_metrics(broken)) < kill_at and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, f'the run was over before step {kill_at}'
+
+    status, output = run(f'--workdir={broken}', *LONG, devices=devices)
+    assert status == 0, output
+    assert 'resumed at step' in output, f'killed at {kill_at}: {output}'
+    assert_same_bits(newest_state(broken), newest_state(tmp_path / 'unbroken'))
+
+    def losses(workdir):
+        return [(row['step'], row['loss']) for row in read_metrics(workdir) if 'loss' in row]
+
+    assert losses(broken) == losses(tmp_path / 'unbroken')
+    assert [step for step, _ in losses(broken)] == list(range(1, 201))
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """A finished run of twelve steps."""
+    folder = tmp_path_factory.mktemp('run')
+    train(load_config(), folder)
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(workdir):
+    assert {'config.json', 'metrics.jsonl', 'curves.png', 'evaluation.json'} <= files_below(workdir)
+    assert sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir()) == [8, 12]
+    for step in (6, 12):
+        picture = np.asarray(Image.open(workdir / 'samples' / f'training_step{step}.png'))
+        assert picture.shape == (98, 498, 3)  # two rows, a column a class
+    rows = read_metrics(workdir)
+    assert [row['step'] for row in rows if 'loss' in row] == [3, 6, 9, 12]
+    assert [row['step'] for row in rows if 'held_out_loss' in row] == [4, 8, 12]
+    assert {'loss', 'grad_norm', 'learning_rate', 'steps_per_second', 'images_per_second'} <= set(rows[0])
+    report = json.loads((workdir / 'evaluation.json').read_text())
+    assert report['step'] == 12
+    assert 0 <= report['scores']['class_agreement'] <= 1
+    assert report['scores']['exact_copies'] == 0
+
+
+def test_a_finished_run_started_again_trains_no_further(workdir):
+    before = newest_state(workdir)
+    assert_same_bits(train(load_config(), workdir), before)
+
+
+def test_a_run_may_be_made_longer(workdir, tmp_path):
+    """More steps on the same workdir: with a constant learning rate, as if it had been so from the start."""
+    longer = load_config(train__num_steps=16, evaluate__after_training=False)
+    straight = train(longer, tmp_path / 'straight')
+    train(load_config(evaluate__after_training=False), tmp_path / 'in_two')
+    assert_same_bits(train(longer, tmp_path / 'in_two'), straight)
+
+
+def test_samples_from_the_command_line(workdir):
+    before = files_below(workdir)
+    status, output = run(
+        f'--workdir={workdir}',
+        '--mode=sample',
+        '--config.sample.solver=ddim',
+        '--config.sample.steps=4',
+        '--config.sample.eta=0.5',
+        '--config.sample.guidance_scale=3',
+        '--config.sample.labels=7,2',
+        '--config.sample.num=6',
+        '--config.sample.seed=5',
+    )
+    assert status == 0, output
+    new = sorted(files_below(workdir) - before)
+    name = 'samples/step12_ddim4_trailing_labels7-2_guidance3.0_eta0.5_seed5'
+    assert new == [f'{name}.npz', f'{name}.png']
+    arrays = np.load(workdir / f'{name}.npz')
+    np.testing.assert_array_equal(arrays['labels'], [7, 2, 7, 2, 7, 2])
+    assert arrays['images'].shape == (6, 8, 8, 1)
+    assert arrays['images'].dtype == np.uint8
+    pipeline, step = load_pipeline(workdir)
+    settings = {'labels': [7, 2], 'guidance_scale': 3.0, 'steps': 4, 'eta': 0.5, 'seed': 5}
+    assert step == 12
+    again = pipeline(6, **settings).images
+    assert np.abs(again.astype(int) - arrays['images']).max() <= 1  # eight devices against one
+
+
+def test_raw_and_averaged_parameters_are_both_there(workdir):
+    state = newest_state(workdir)
+    for ema, params in ((True, state.ema), (False, state.params)):
+        assert_same_bits(load_pipeline(workdir, ema=ema)[0].params, params)
+
+
+def test_evaluation_from_the_command_line(workdir, tmp_path):
+    status, output = run(f'--workdir={workdir}', '--mode=evaluate', '--config.evaluate.num=20')
+    assert status == 0, output
+    assert 'class_agreement:' in output
+    assert json.loads((workdir / 'evaluation.json').read_text())['num'] == 20
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_the_checkpoints(tmp_path):
+    train(load_config(train__num_steps=8, evaluate__after_training=False), tmp_path)
+    good = newest_state(tmp_path)
+    hot = load_config(train__num_steps=12, optimizer__learning_rate=1e30, evaluate__after_training=False)
+    with pytest.raises(UsageError, match='learning_rate'):
+        train(hot, tmp_path)  # another config: refused
+    record = (tmp_path / 'config.json').read_text()
+    (tmp_path / 'config.json').write_text(record.replace('"learning_rate": 0.001', '"learning_rate": 1e+30'))
+    with pytest.raises(TrainingDiverged, match=r'training stopped at step \d+: .*nan.*checkpoints from before: \[4, 8\]'):
+        train(hot, tmp_path)
+    assert_same_bits(newest_state(tmp_path), good)
+
+
+def test_an_unconditional_run_on_unlabelled_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        (tmp_path / 'images').mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 16, 3), np.uint8)).save(tmp_path / 'images' / f'{i}.png')
+    config = load_config(
+        data__dir=str(tmp_path / 'images'),
+        data__name='folder',
+        data__resolution=8,
+        data__flip=True,
+        data__placement='host',
+        sample__guidance_scale=None,
+        evaluate__evaluators=('nearest_neighbour',),
+        train__num_steps=8,
+    )
+    train(config, tmp_path / 'run')
+    assert load_pipeline(tmp_path / 'run')[0](2, steps=2).images.shape == (2, 8, 8, 3)
