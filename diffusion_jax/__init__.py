@@ -1,6 +1,6 @@
 """Diffusion models in JAX and Flax: schedules, losses, samplers, networks and training, as functions and data."""
 
-from diffusion_jax import denoisers, guidance, losses, models, process, samplers, schedules
+from diffusion_jax import data, denoisers, guidance, losses, models, process, samplers, schedules
 from diffusion_jax.errors import TrainingDiverged, UsageError
 
 __version__ = '0.1.0'
@@ -8,6 +8,7 @@ __version__ = '0.1.0'
 __all__ = [
     'TrainingDiverged',
     'UsageError',
+    'data',
     'denoisers',
     'guidance',
     'losses',

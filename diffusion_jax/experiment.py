@@ -68,6 +68,8 @@ def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
     height, width, channels = info.image_shape
     if height != width:
         raise UsageError(f'images must be square, got {height}x{width}: set data.resolution.')
+    if config.seed < 0:
+        raise UsageError(f'seed must be 0 or more, got {config.seed}.')
     if not 0 <= config.label_dropout <= 1:
         raise UsageError(f'label_dropout must be in [0, 1], got {config.label_dropout}.')
     if not 0 <= config.ema_decay < 1:

@@ -98,6 +98,7 @@ def with_unknown_key(config):
         ({'optimizer__name': 'sgd'}, 'adam, adamw'),
         ({'model__name': 'vit'}, "unknown model 'vit'"),
         ({'model__attention_resolutions': (3,)}, 'attention_resolutions has 3'),
+        ({'seed': -1}, 'seed must be 0 or more'),
         ({'label_dropout': 1.5}, r'label_dropout must be in \[0, 1\]'),
         ({'ema_decay': 1.0}, r'ema_decay must be in \[0, 1\)'),
         ({'train__num_steps': 0}, 'train.num_steps must be at least 1'),

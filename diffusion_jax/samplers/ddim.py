@@ -22,7 +22,7 @@ def ddim(schedule: Schedule, times, eta: float = 0.0) -> Plan:
     Args:
       eta: in [0, 1]; 0 is deterministic, 1 adds the noise of DDPM's posterior (eq. 16). May be traced.
     """
-    if not isinstance(eta, jax.Array) and not 0 <= eta <= 1:
+    if not isinstance(eta, jax.core.Tracer) and not 0 <= eta <= 1:
         raise UsageError(f'eta of ddim must be in [0, 1], got {eta}: 0 is deterministic, 1 is ancestral.')
     times = check_grid(times)
     t, s = times[:-1], times[1:]

@@ -61,6 +61,8 @@ def _noise(key: PRNGKeyArray, index: Int[Array, ''], x: Array) -> Float[Array, '
 
 
 def _run(denoiser: Denoiser, plan: Plan, x, key, clip: bool, on_step, record: bool):
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError('key must be a typed key, as jax.random.key makes it.')
     if key.ndim > 1 or (key.ndim == 1 and key.shape[0] != x.shape[0]):
         raise ValueError(f'key must be one key or one per sample: got shape {key.shape} for {x.shape[0]} samples.')
     if x.dtype not in (jnp.float32, jnp.float64):

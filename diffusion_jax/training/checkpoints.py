@@ -33,7 +33,9 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int | None = None):
         self.directory = Path(workdir).absolute() / 'checkpoints'
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(
+                create=False, save_root_metadata=False, enable_async_checkpointing=False
+            )  # read_only=True would do, and warn each time that it does
             self._manager = ocp.CheckpointManager(self.directory, options=options) if self.directory.is_dir() else None
             return
         best = policies.BestN(get_metric_fn=_metric, reverse=True, n=1, keep_checkpoints_without_metrics=False)

@@ -152,6 +152,6 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     # --- what came of it ----------------------------------------------------------------------------------------------
     LOGGER.info('loss curves: %s', plot_curves(workdir))
     if config.evaluate.after_training and config.evaluate.evaluators:
-        evaluate_pipeline(pipeline_of(experiment, state.ema, mesh), splits, config, workdir, settings.num_steps)
+        evaluate_pipeline(pipeline_of(experiment, state.ema, mesh), splits, config, workdir, int(state.step))
     LOGGER.info('samples: %s', workdir / 'samples')
     return state

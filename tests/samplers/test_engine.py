@@ -148,6 +148,7 @@ def test_float64_noise_is_sampled_in_float64():
     [
         (jnp.ones((2, 1), jnp.bfloat16), jax.random.key(0), 'float32 or float64'),
         (jnp.ones((2, 1)), jax.random.split(jax.random.key(0), 3), 'one per sample'),
+        (jnp.ones((2, 1)), jax.random.PRNGKey(0), 'a typed key'),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(x, key, message):

@@ -147,6 +147,7 @@ def test_no_grid_end_gives_nan(solver, name, steps):
     ('make', 'message'),
     [
         (lambda c: samplers.plan('ddim', c, 10, eta=1.5), r'eta of ddim must be in \[0, 1\], got 1.5'),
+        (lambda c: samplers.plan('ddim', c, 10, eta=jnp.float32(-0.1)), r'eta of ddim must be in \[0, 1\], got -0.1'),
         (lambda c: samplers.plan('ddpm', c, 10, variance='medium'), 'Valid choices: large, small'),
         (lambda c: samplers.plan('ddpm', c, 10, eta=0.5), "option of solver 'ddpm'.*'eta'.*Valid choices: variance"),
         (lambda c: samplers.plan('dimm', c, 10), "unknown solver 'dimm'. Did you mean 'ddim'.*ddim, ddpm"),
