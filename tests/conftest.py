@@ -1,28 +1,29 @@
-"""Eight simulated devices for every test, and what the tests share."""
+"""Eight simulated devices for every test, compiled programs kept for the session, and what the tests share."""
 
+import atexit
 import os
-
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
-
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-import jax
-import pytest
+CACHE = tempfile.mkdtemp(prefix='diffusion_jax_compiled_')
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE  # for the commands that tests start, too
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+
+import jax  # noqa: E402  (after the environment is set)
+import pytest  # noqa: E402
+
+# A plugin of pytest's may have imported JAX before this file was read.
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_compilation_cache_dir', CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # configs/ and main.py are not part of the package
-
-
-@pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs compiled once a session, by the commands that tests start as well."""
-    folder = str(tmp_path_factory.mktemp('compilation_cache'))
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
-    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
-    jax.config.update('jax_compilation_cache_dir', folder)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+sys.path.insert(0, str(ROOT))  # main.py and configs/ are not part of the package
 
 
 @pytest.fixture
