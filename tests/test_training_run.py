@@ -17,6 +17,8 @@ from diffusion_jax.pipelines import load_pipeline
 from diffusion_jax.training.metrics import read_metrics
 from diffusion_jax.training.train import train
 
+pytestmark = pytest.mark.slow
+
 LONG = [
     '--config.train.num_steps=60',
     '--config.train.checkpoint_every=6',
@@ -113,7 +115,7 @@ def test_samples_from_the_command_line(workdir):
     )
     assert status == 0, output
     new = sorted(files_below(workdir) - before)
-    name = 'samples/step12_ddim4_trailing_labels7-2_guidance3.0_eta0.5_seed5'
+    name = 'samples/step12_ddim4_trailing_seed5_num6_labels7-2_guidance3.0_eta0.5'
     assert new == [f'{name}.npz', f'{name}.png']
     arrays = np.load(workdir / f'{name}.npz')
     np.testing.assert_array_equal(arrays['labels'], [7, 2, 7, 2, 7, 2])

@@ -83,6 +83,25 @@ def picture_of(samples: Samples, num_classes: int) -> Any:
     return grid(samples.images, columns=num_classes if in_turn else None)
 
 
+def _file_name(section: ConfigDict, step: int) -> str:
+    """A name that tells every setting that changes the images, so that no samples overwrite others."""
+    labels = parse_labels(section.labels)
+    words = [
+        f'step{step}',
+        f'{section.solver}{section.steps}',
+        section.spacing,
+        f'seed{section.seed}',
+        f'num{section.num}',
+    ]
+    if labels is not None:
+        words.append(f'labels{"-".join(map(str, labels))}')
+    if section.guidance_scale is not None:
+        words.append(f'guidance{section.guidance_scale}')
+    words += [f'{name}{value}' for name, value in _solver_options(section).items()]
+    words += [word for word, holds in (('unclipped', not section.clip), ('raw', not section.ema)) if holds]
+    return '_'.join(words)
+
+
 def sample(config: ConfigDict, workdir: str | Path) -> Path:
     """`--mode=sample`: writes a PNG grid, and images and labels as `.npz`, to `workdir/samples`; returns the PNG."""
     check_same_run(config, workdir)
@@ -91,13 +110,7 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
     check_sampling(pipeline, section)
     samples = sample_as_configured(pipeline, section)
     settings = {name: value for name, value in section.items() if name != 'labels' and value is not None}
-    said = {'labels': section.labels.replace(',', '-'), 'guidance': section.guidance_scale, **_solver_options(section)}
-    words = [f'{name}{value}' for name, value in said.items() if value not in (None, 'all')]
-    raw = [] if section.ema else ['raw']
-    name = '_'.join(
-        [f'step{step}', f'{section.solver}{section.steps}', section.spacing, *words, *raw, f'seed{section.seed}']
-    )
-    path = Path(workdir) / 'samples' / f'{name}.png'
+    path = Path(workdir) / 'samples' / f'{_file_name(section, step)}.png'
     save_png(path, picture_of(samples, pipeline.num_classes))
     save_npz(path.with_suffix('.npz'), samples, step=step, **settings)
     LOGGER.info('%d images of step %d: %s and .npz', section.num, step, path)
