@@ -35,3 +35,15 @@ def key():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope='session')
+def workdir(tmp_path_factory):
+    """A finished run of the tiny config, twelve steps. Tests that change what it holds take a copy."""
+    from runs import load_config
+
+    from diffusion_jax.training.train import train
+
+    folder = tmp_path_factory.mktemp('run')
+    train(load_config(), folder)
+    return folder

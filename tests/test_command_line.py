@@ -133,13 +133,6 @@ def test_without_a_run_there_is_nothing_to_sample(mode, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('run')
-    train(load_config(train__num_steps=6, evaluate__after_training=False), folder)
-    return folder
-
-
 @pytest.mark.parametrize('mode', [train, sample, evaluate])
 @pytest.mark.parametrize(
     ('changes', 'message'),
