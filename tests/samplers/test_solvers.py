@@ -159,3 +159,12 @@ def test_no_grid_end_gives_nan(solver, name, steps):
 def test_what_a_solver_cannot_do_is_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make(SCHEDULES['linear'])
+
+
+@pytest.mark.parametrize(
+    ('solver', 'options'), [('ddpm', {'variance': 'small'}), ('ddpm', {'variance': 'large'}), ('ddim', {'eta': 1.0})]
+)
+def test_the_step_to_the_data_adds_no_noise_and_those_before_it_do(solver, options):
+    noise = samplers.plan(solver, SCHEDULES['linear'], 10, **options).coefficients['noise']
+    assert noise[-1] == 0
+    assert (noise[:-1] > 0).all()
