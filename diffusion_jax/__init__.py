@@ -1,6 +1,6 @@
 """Diffusion models in JAX and Flax: schedules, losses, samplers, networks and training, as functions and data."""
 
-from diffusion_jax import data, denoisers, guidance, losses, models, process, samplers, schedules
+from diffusion_jax import data, denoisers, guidance, losses, models, oracles, process, samplers, schedules
 from diffusion_jax.errors import TrainingDiverged, UsageError
 
 __version__ = '0.1.0'
@@ -13,6 +13,7 @@ __all__ = [
     'guidance',
     'losses',
     'models',
+    'oracles',
     'process',
     'samplers',
     'schedules',

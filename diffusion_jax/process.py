@@ -68,16 +68,17 @@ def q_posterior(schedule: Schedule, x0: Float[Array, 'B ...'], x_t: Float[Array,
     return Gaussian(expand(on_x0, x0) * x0 + expand(on_x_t, x_t) * x_t, expand(std**2, x0))
 
 
-PREDICTIONS = ('eps', 'x0', 'v', 'score')
-"""What a network can predict: noise, data, v = alpha eps - sigma x_0 (Salimans & Ho 2022), the score of q(x_t)."""
+PREDICTIONS = ('eps', 'x0', 'v', 'score', 'flow')
+"""What a network can predict: noise, data, v = (alpha eps - sigma x_0) / sqrt(alpha^2 + sigma^2) (Salimans & Ho 2022,
+where the root is 1), the score of q(x_t), the velocity eps - x_0 of a rectified flow (Liu et al. 2022)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A denoiser's answer at x_t, readable as `eps`, `x0`, `v` or `score`, whichever of them the network gave.
+    """A denoiser's answer at x_t, readable as any of `PREDICTIONS`, whichever of them the network gave.
 
-    All four are affine in one another given x_t = alpha x0 + sigma eps. What x_t says nothing about (eps at sigma = 0,
+    All are affine in one another given x_t = alpha x0 + sigma eps. What x_t says nothing about (eps at sigma = 0,
     x0 at alpha = 0) reads as 0 when it was not itself predicted.
 
     Attributes:
@@ -85,6 +86,8 @@ class Prediction:
       kind: which of `PREDICTIONS` it is.
       x_t: [B, ...].
       alpha, sigma: scalars or [B, 1, .. 1].
+      variance_fraction: [B, ...], where a learned variance lies between the two of `samplers.ddpm`: 0 at the small, 1
+        at the large one, in logarithms (Nichol & Dhariwal 2021, eq. 15). None if it is not learned.
     """
 
     value: Float[Array, 'B ...']
@@ -92,6 +95,12 @@ class Prediction:
     x_t: Float[Array, 'B ...']
     alpha: Float[Array, '...']
     sigma: Float[Array, '...']
+    variance_fraction: Float[Array, 'B ...'] | None = None
+
+    @property
+    def norm(self) -> Float[Array, '...']:
+        """sqrt(alpha^2 + sigma^2): 1 for variance-preserving schedules."""
+        return jnp.sqrt(self.alpha**2 + self.sigma**2)
 
     @property
     def eps(self) -> Float[Array, 'B ...']:
@@ -101,7 +110,9 @@ class Prediction:
             case 'score':
                 return -self.sigma * self.value
             case 'v':
-                return (self.sigma * self.x_t + self.alpha * self.value) / (self.alpha**2 + self.sigma**2)
+                return (self.sigma * self.x_t + self.alpha * self.norm * self.value) / self.norm**2
+            case 'flow':
+                return (self.x_t + self.alpha * self.value) / (self.alpha + self.sigma)
         return divide_or_zero(self.x_t - self.alpha * self.value, self.sigma)
 
     @property
@@ -110,16 +121,22 @@ class Prediction:
             case 'x0':
                 return self.value
             case 'v':
-                return (self.alpha * self.x_t - self.sigma * self.value) / (self.alpha**2 + self.sigma**2)
+                return (self.alpha * self.x_t - self.sigma * self.norm * self.value) / self.norm**2
+            case 'flow':
+                return (self.x_t - self.sigma * self.value) / (self.alpha + self.sigma)
         return divide_or_zero(self.x_t - self.sigma * self.eps, self.alpha)
 
     @property
     def v(self) -> Float[Array, 'B ...']:
-        return self.value if self.kind == 'v' else self.alpha * self.eps - self.sigma * self.x0
+        return self.value if self.kind == 'v' else (self.alpha * self.eps - self.sigma * self.x0) / self.norm
 
     @property
     def score(self) -> Float[Array, 'B ...']:
         return self.value if self.kind == 'score' else divide_or_zero(-self.eps, self.sigma)
+
+    @property
+    def flow(self) -> Float[Array, 'B ...']:
+        return self.value if self.kind == 'flow' else self.eps - self.x0
 
     def read(self, kind: str) -> Float[Array, 'B ...']:
         """The field of that name, one of `PREDICTIONS`."""

@@ -1,13 +1,15 @@
 """What alpha(t), sigma(t) and the log-SNR are. Nothing else in the package knows a beta.
 
 A schedule describes q(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I) for t in [0, 1], from data (t = 0) to noise (t = 1),
-with log_snr(t) = log(alpha(t)^2 / sigma(t)^2). Every schedule here is variance preserving, alpha^2 + sigma^2 = 1: the
-log-SNR alone fixes both, and reading them from it keeps full relative precision in float32 at either end, where
-1 - alpha_bar computed in float32 is off by up to 5e-4.
+with log_snr(t) = log(alpha(t)^2 / sigma(t)^2). A family says how the two are normalised, and then the log-SNR alone
+fixes both: variance preserving (alpha^2 + sigma^2 = 1), variance exploding (alpha = 1) or rectified flow
+(alpha + sigma = 1). Reading them from it keeps full relative precision in float32 at either end, where 1 - alpha_bar
+computed in float32 is off by up to 5e-4.
 
-`linear`, `cosine`, `scaled_linear` and `sigmoid` give the published discrete chain of `num_timesteps` betas, or with
-`num_timesteps=None` its continuous-time limit. A chain of T steps is the grid t_i = (i + 1) / T, i = 0 .. T-1, on which
-its values are exact; t = 0 is the data itself, and in between the log-SNR is interpolated.
+`linear`, `cosine`, `scaled_linear` and `sigmoid` are variance preserving and give the published discrete chain of
+`num_timesteps` betas, or with `num_timesteps=None` its continuous-time limit. A chain of T steps is the grid
+t_i = (i + 1) / T, i = 0 .. T-1, on which its values are exact; t = 0 is the data itself, and in between the log-SNR is
+interpolated. `edm` and `ve` explode, `flow` is rectified flow.
 
 Methods take t as a Python float or NumPy array, computed in float64 on the host, or as a JAX array (traced or not).
 """
@@ -43,6 +45,8 @@ class Schedule:
 
     num_timesteps: int | None = None
     """Length of the discrete chain; None in continuous time."""
+    t_min: float = 1e-3
+    """The last noisy time of grids that are spaced by noise level: 1 / T on a chain."""
 
     def log_snr(self, t: Time):
         """log(alpha^2 / sigma^2) at t in [0, 1], decreasing in t; +inf at t = 0."""
@@ -61,6 +65,23 @@ class Schedule:
     def timestep(self, t: Time):
         """What a network is told of the time: 0 .. T-1 on a chain of T steps, 1000 t in continuous time."""
         return 1000.0 * _as_time(t)
+
+    def prior_std(self, t: Time):
+        """The standard deviation of the noise that stands for x_t where sampling starts, whatever the data; 1 here."""
+        t = _as_time(t)
+        return namespace(t).ones_like(t)
+
+    def time_of_log_snr(self, log_snr: Time):
+        """The t in [0, 1] with that log-SNR, by bisection; 0 or 1 for values out of the schedule's range."""
+        log_snr = _as_time(log_snr)
+        xp = namespace(log_snr)
+        low, high = xp.zeros_like(log_snr), xp.ones_like(log_snr)
+        # Halving [0, 1] until neighbours in this precision: near 0, floating-point numbers lie closer than near 1.
+        for _ in range(70 if log_snr.dtype == np.float64 else 40):
+            middle = 0.5 * (low + high)
+            noisier = self.log_snr(middle) < log_snr
+            low, high = xp.where(noisier, low, middle), xp.where(noisier, middle, high)
+        return xp.where(log_snr == xp.inf, 0.0, xp.where(self.log_snr(xp.ones_like(high)) >= log_snr, 1.0, high))
 
     def drift(self, t: Float[Array, '...']) -> Float[Array, '...']:
         """f(t) = d log alpha / dt of the forward SDE dx = f x dt + g dW (Song et al. 2021), t in (0, 1)."""
@@ -86,6 +107,48 @@ class Continuous(Schedule):
             return self.formula(t, namespace(t))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exploding(Continuous):
+    """A variance-exploding schedule, alpha = 1, given by its log-SNR -2 log sigma."""
+
+    t_min: float = 1e-3
+
+    def alpha(self, t: Time):
+        t = _as_time(t)
+        return namespace(t).ones_like(t)
+
+    def sigma(self, t: Time):
+        log_snr = self.log_snr(t)
+        return namespace(log_snr).exp(-0.5 * log_snr)
+
+    def timestep(self, t: Time):
+        """log(sigma) / 4, which EDM calls c_noise (Karras et al. 2022, table 1)."""
+        return -0.125 * self.log_snr(t)
+
+    def prior_std(self, t: Time):
+        return self.sigma(t)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flow(Continuous):
+    """A rectified flow, alpha + sigma = 1, given by its log-SNR 2 log((1 - sigma) / sigma)."""
+
+    def alpha(self, t: Time):
+        log_snr = self.log_snr(t)
+        return namespace(log_snr).exp(-namespace(log_snr).logaddexp(0.0, -0.5 * log_snr))
+
+    def sigma(self, t: Time):
+        log_snr = self.log_snr(t)
+        return namespace(log_snr).exp(-namespace(log_snr).logaddexp(0.0, 0.5 * log_snr))
+
+    def timestep(self, t: Time):
+        """1000 sigma, as Stable Diffusion 3 has it."""
+        return 1000.0 * self.sigma(t)
+
+    def prior_std(self, t: Time):
+        return self.sigma(t)
+
+
 class Chain(Schedule):
     """The discrete chain of T betas, q(x_i | x_{i-1}) = N(sqrt(1 - beta_i) x_{i-1}, beta_i I) (Ho et al. 2020, eq. 2).
 
@@ -99,6 +162,7 @@ class Chain(Schedule):
             raise UsageError(f'betas must be a non-empty list of numbers in (0, 1], got {betas}.')
         self.betas = betas
         self.num_timesteps = len(betas)
+        self.t_min = 1.0 / len(betas)
         self.alphas_cumprod = np.cumprod(1.0 - betas)
         with np.errstate(divide='ignore'):  # a last beta of 1 is zero terminal SNR: log_snr = -inf
             log_alpha_bar = np.cumsum(np.log1p(-betas))
@@ -117,7 +181,7 @@ class Chain(Schedule):
         position = t * self.num_timesteps - 1.0
         offset = xp.round(position) - position
         # float32 carries t to 6e-8, so t * T to 2e-3 for any T in use. The offset is a constant to derivatives.
-        snap = xp.where(abs(offset) < 2e-3, offset, 0.0)
+        snap = xp.where(abs(offset) < (2e-3 if position.dtype == np.float32 else 1e-9), offset, 0.0)
         return position + (jax.lax.stop_gradient(snap) if xp is jnp else snap)
 
     def timestep(self, t: Time):
@@ -155,8 +219,28 @@ def _length(num_timesteps: int | None) -> int:
     return num_timesteps or 1000
 
 
-def _chain_or_limit(num_timesteps: int | None, betas: Callable[[int], np.ndarray], limit) -> Schedule:
-    return Continuous(limit) if num_timesteps is None else Chain(betas(_length(num_timesteps)))
+def _chain_or_limit(
+    num_timesteps: int | None, betas: Callable[[int], np.ndarray], limit, rescale: bool = False
+) -> Schedule:
+    if num_timesteps is None:
+        if rescale:
+            raise UsageError('zero_terminal_snr rescales a chain of betas: give num_timesteps.')
+        return Continuous(limit)
+    chain = Chain(betas(_length(num_timesteps)))
+    return zero_terminal_snr(chain) if rescale else chain
+
+
+def zero_terminal_snr(chain: Chain) -> Chain:
+    """The chain with sqrt(alpha_bar) shifted and scaled to end in pure noise (Lin et al. 2024, algorithm 1).
+
+    The first alpha_bar stays as it is. Predict v or x0 with it: at its end x_t says nothing of x0, and eps nothing new.
+    """
+    if chain.num_timesteps < 2:
+        raise UsageError('zero_terminal_snr needs a chain of two steps or more.')
+    root = np.sqrt(chain.alphas_cumprod)
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alphas_cumprod = root**2
+    return Chain(1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]))
 
 
 def _log_snr_of_log_alpha_bar(log_alpha_bar, xp):
@@ -172,13 +256,17 @@ def _betas_of_log_snr(formula, num_timesteps: int) -> np.ndarray:
 
 
 def linear(
-    num_timesteps: int | None = 1000, beta_start: float | None = None, beta_end: float | None = None
+    num_timesteps: int | None = 1000,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """Betas rising linearly (Ho et al. 2020, section 4): 1e-4 to 0.02 for T = 1000.
 
     Betas left out are scaled by 1000 / T, so that a chain of any length ends in the same noise (as guided-diffusion
     does), up to 0.999; betas given are used as they are. With `num_timesteps=None`, betas are those of T = 1000 and the
-    schedule is the VP SDE with beta(t) from 0.1 to 20 (Song et al. 2021, eq. 33).
+    schedule is the VP SDE with beta(t) from 0.1 to 20 (Song et al. 2021, eq. 33). `zero_terminal_snr` applies the
+    function of that name to the chain.
     """
     length = _length(num_timesteps)
     start = 0.1 / length if beta_start is None else beta_start
@@ -187,15 +275,19 @@ def linear(
     def limit(t, xp):
         return _log_snr_of_log_alpha_bar(-length * (start * t + 0.5 * (end - start) * t**2), xp)
 
-    return _chain_or_limit(num_timesteps, lambda n: np.linspace(start, end, n), limit)
+    return _chain_or_limit(num_timesteps, lambda n: np.linspace(start, end, n), limit, zero_terminal_snr)
 
 
 def scaled_linear(
-    num_timesteps: int | None = 1000, beta_start: float | None = None, beta_end: float | None = None
+    num_timesteps: int | None = 1000,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """Betas whose square roots rise linearly (Rombach et al. 2022; Stable Diffusion): 0.00085 to 0.012 for T = 1000.
 
-    Betas left out are scaled by 1000 / T, betas given are used as they are, as in `linear`.
+    Betas left out are scaled by 1000 / T, betas given are used as they are, and `zero_terminal_snr` rescales, as in
+    `linear`.
     """
     length = _length(num_timesteps)
     root_start = math.sqrt(0.85 / length if beta_start is None else beta_start)
@@ -207,7 +299,7 @@ def scaled_linear(
             -length * t * (root_start**2 + root_start * slope * t + (slope * t) ** 2 / 3), xp
         )
 
-    return _chain_or_limit(num_timesteps, lambda n: np.linspace(root_start, root_end, n) ** 2, limit)
+    return _chain_or_limit(num_timesteps, lambda n: np.linspace(root_start, root_end, n) ** 2, limit, zero_terminal_snr)
 
 
 def cosine(num_timesteps: int | None = 1000, s: float = 0.008) -> Schedule:
@@ -243,9 +335,48 @@ def sigmoid(num_timesteps: int | None = 1000, start: float = -3.0, end: float = 
     return _chain_or_limit(num_timesteps, lambda n: _betas_of_log_snr(limit, n), limit)
 
 
+def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise UsageError(f'a schedule needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}.')
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
+    """sigma(t) = sigma_max t, alpha = 1 (Karras et al. 2022); `sigma_min` is the last noisy level of grids."""
+    _check_sigmas(sigma_min, sigma_max)
+    return Exploding(lambda t, xp: -2.0 * (math.log(sigma_max) + xp.log(t)), t_min=sigma_min / sigma_max)
+
+
+def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
+    """The VE SDE: sigma(t)^2 = sigma_min^2 ((sigma_max / sigma_min)^2t - 1) (Song et al. 2021, appendix C)."""
+    _check_sigmas(sigma_min, sigma_max)
+    growth = 2.0 * math.log(sigma_max / sigma_min)
+    return Exploding(
+        lambda t, xp: -2.0 * math.log(sigma_min) - xp.log(xp.expm1(growth * t)), t_min=math.log(2.0) / growth
+    )
+
+
+def flow(shift: float = 1.0) -> Schedule:
+    """Rectified flow, x_t = (1 - sigma) x_0 + sigma eps (Liu et al. 2022), sigma = shift t / (1 + (shift - 1) t).
+
+    `shift` above 1 spends more of [0, 1] on noise, as images of more pixels need (Esser et al. 2024, eq. 23):
+    `resolution_shift` gives it.
+    """
+    if not shift > 0:
+        raise UsageError(f'flow needs shift > 0, got {shift}; 1 is none, 3 that of Stable Diffusion 3.')
+    return Flow(lambda t, xp: 2.0 * (xp.log1p(-t) - xp.log(t) - math.log(shift)))
+
+
+def resolution_shift(pixels: int, base_pixels: int) -> float:
+    """sqrt(pixels / base_pixels): the shift of `flow` that keeps x_t as uncertain as at the base resolution."""
+    return math.sqrt(pixels / base_pixels)
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     'linear': linear,
     'cosine': cosine,
     'scaled_linear': scaled_linear,
     'sigmoid': sigmoid,
+    'edm': edm,
+    've': ve,
+    'flow': flow,
 }

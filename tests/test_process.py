@@ -64,21 +64,36 @@ def test_posterior_of_neighbours_has_the_published_variance():
 
 @pytest.mark.parametrize('t', [1e-3, 0.02, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize('kind', process.PREDICTIONS)
-def test_each_prediction_reads_as_the_truth_and_back(kind, t, key):
+@pytest.mark.parametrize('schedule', [schedules.linear(None), schedules.edm(), schedules.flow()])
+@pytest.mark.usefixtures('x64')
+def test_each_prediction_reads_as_the_truth_and_back(schedule, kind, t, key):
     """From the true value of one kind, every other kind is its true value, and reading it back closes the circle."""
+    x0 = jax.random.uniform(key, (4, 8), minval=-1)
+    eps = jax.random.normal(jax.random.fold_in(key, 1), (4, 8))
+    alpha, sigma = schedule.alpha(jnp.float64(t)), schedule.sigma(jnp.float64(t))
+    x_t = process.q_sample(schedule, x0, jnp.float64(t), eps)
+    v = (alpha * eps - sigma * x0) / jnp.sqrt(alpha**2 + sigma**2)
+    truth = {'eps': eps, 'x0': x0, 'v': v, 'score': -eps / sigma, 'flow': eps - x0}
+    prediction = process.Prediction(truth[kind], kind, x_t, alpha, sigma)
+    for other, value in truth.items():
+        np.testing.assert_allclose(prediction.read(other), value, rtol=1e-8, atol=1e-10)
+        back = process.Prediction(prediction.read(other), other, x_t, alpha, sigma).read(kind)
+        np.testing.assert_allclose(back, truth[kind], rtol=1e-8, atol=1e-10)
+
+
+def test_in_float32_rounding_is_magnified_by_no_more_than_sigma_and_alpha(key):
     schedule = schedules.linear(None)
     x0 = jax.random.uniform(key, (4, 8), minval=-1)
     eps = jax.random.normal(jax.random.fold_in(key, 1), (4, 8))
-    alpha, sigma = schedule.alpha(jnp.float32(t)), schedule.sigma(jnp.float32(t))
-    x_t = process.q_sample(schedule, x0, t, eps)
-    truth = {'eps': eps, 'x0': x0, 'v': alpha * eps - sigma * x0, 'score': -eps / sigma}
-    prediction = process.Prediction(truth[kind], kind, x_t, alpha, sigma)
-    # Dividing by a small sigma or alpha magnifies the rounding of x_t, by no more than this.
-    slack = {'eps': 1 / sigma, 'x0': 1 / alpha, 'v': 1 / (alpha * sigma), 'score': 1 / sigma**2}
-    for other, value in truth.items():
-        np.testing.assert_allclose(prediction.read(other), value, atol=2e-6 * slack[other])
-        back = process.Prediction(prediction.read(other), other, x_t, alpha, sigma).read(kind)
-        np.testing.assert_allclose(back, truth[kind], atol=4e-6 * max(slack[kind], slack[other]))
+    for t in (1e-3, 0.02, 0.5, 0.9, 0.999):
+        alpha, sigma = schedule.alpha(jnp.float32(t)), schedule.sigma(jnp.float32(t))
+        x_t = process.q_sample(schedule, x0, t, eps)
+        truth = {'eps': eps, 'x0': x0, 'v': alpha * eps - sigma * x0, 'score': -eps / sigma}
+        slack = {'eps': 1 / sigma, 'x0': 1 / alpha, 'v': 1 / (alpha * sigma), 'score': 1 / sigma**2}
+        for kind in truth:
+            prediction = process.Prediction(truth[kind], kind, x_t, alpha, sigma)
+            for other, value in truth.items():
+                np.testing.assert_allclose(prediction.read(other), value, atol=2e-6 * slack[other])
 
 
 @pytest.mark.parametrize('kind', process.PREDICTIONS)

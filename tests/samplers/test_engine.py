@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import gaussian
 
-from diffusion_jax import guidance, samplers, schedules
+from diffusion_jax import guidance, oracles, samplers, schedules
 from diffusion_jax.denoisers import ModelDenoiser
 
 CHAIN = schedules.cosine(1000)
+ORACLE = oracles.gaussian(0.3, 0.5).denoiser(CHAIN)
 
 
 def apply(params, x, t, label):
@@ -24,7 +24,7 @@ def test_changing_values_never_compiles_again():
     def run(params, plan, x, key, label, scale):
         denoiser = ModelDenoiser(apply, params, CHAIN, 'v', {'label': label})
         denoiser = guidance.classifier_free(denoiser, {'label': jnp.zeros_like(label)}, scale)
-        return samplers.sample(denoiser, plan, x, key)
+        return samplers.sample(ORACLE, plan, x, key)
 
     outs = []
     for seed, scale, spacing, eta, schedule in [
@@ -46,12 +46,15 @@ def test_the_grid_itself_may_be_traced():
     @jax.jit
     def run(times, eta):
         plan = samplers.ddim(CHAIN, times, eta)
-        return samplers.sample(gaussian(CHAIN, 0.3, 0.5), plan, jnp.ones((2, 1)), jax.random.key(0))
+        return samplers.sample(ORACLE, plan, jnp.ones((2, 1)), jax.random.key(0))
 
     times = samplers.time_grid(CHAIN, 10)
     traced = run(jnp.asarray(times, jnp.float32), jnp.float32(0.5))
     concrete = samplers.sample(
-        gaussian(CHAIN, 0.3, 0.5), samplers.ddim(CHAIN, times, 0.5), jnp.ones((2, 1)), jax.random.key(0)
+        ORACLE,
+        samplers.ddim(CHAIN, times, 0.5),
+        jnp.ones((2, 1)),
+        jax.random.key(0),
     )
     np.testing.assert_allclose(traced, concrete, rtol=1e-3)
 
@@ -64,7 +67,7 @@ def test_n_steps_are_n_model_calls_at_the_times_of_the_grid(solver, spacing, ste
 
     def denoiser(x_t, t):
         jax.debug.callback(lambda t: seen.append(float(CHAIN.timestep(t))), t, ordered=True)
-        return gaussian(CHAIN, 0.0, 0.5)(x_t, t)
+        return ORACLE(x_t, t)
 
     samplers.sample(denoiser, samplers.plan(solver, CHAIN, steps, spacing), jnp.ones((1, 1)), jax.random.key(0))
     jax.effects_barrier()
@@ -75,24 +78,22 @@ def test_n_steps_are_n_model_calls_at_the_times_of_the_grid(solver, spacing, ste
 def test_a_trajectory_starts_at_the_noise_ends_at_the_sample_and_holds_every_x0(key):
     x = jax.random.normal(key, (3, 2))
     plan = samplers.plan('ddim', CHAIN, 7, eta=0.5)
-    denoiser = gaussian(CHAIN, 0.3, 0.5)
-    trajectory = samplers.sample_trajectory(denoiser, plan, x, key)
+    trajectory = samplers.sample_trajectory(ORACLE, plan, x, key)
     assert trajectory.x.shape == (8, 3, 2)
     assert trajectory.x0.shape == (7, 3, 2)
     np.testing.assert_array_equal(trajectory.x[0], x)
-    np.testing.assert_allclose(trajectory.x[-1], samplers.sample(denoiser, plan, x, key), rtol=1e-6)
+    np.testing.assert_allclose(trajectory.x[-1], samplers.sample(ORACLE, plan, x, key), rtol=1e-6)
     times = samplers.time_grid(CHAIN, 7)
     for i in range(7):
-        np.testing.assert_allclose(trajectory.x0[i], denoiser(trajectory.x[i], times[i]).x0, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(trajectory.x0[i], ORACLE(trajectory.x[i], times[i]).x0, rtol=1e-4, atol=1e-6)
 
 
 def test_with_a_key_per_sample_each_depends_on_its_own_alone(key):
     keys = jax.random.split(key, 4)
     x = jax.random.normal(key, (4, 2))
     plan = samplers.plan('ddpm', CHAIN, 5)
-    denoiser = gaussian(CHAIN, 0.3, 0.5)
-    together = samplers.sample(denoiser, plan, x, keys)
-    alone = samplers.sample(denoiser, plan, x[2:3], keys[2:3])
+    together = samplers.sample(ORACLE, plan, x, keys)
+    alone = samplers.sample(ORACLE, plan, x[2:3], keys[2:3])
     np.testing.assert_allclose(together[2:3], alone, rtol=1e-6)
     assert len(np.unique(together)) == 8
 
@@ -100,7 +101,8 @@ def test_with_a_key_per_sample_each_depends_on_its_own_alone(key):
 def test_every_step_draws_its_own_noise(key):
     """With a network that says x0 = 0 and one x_t, what a DDPM trajectory holds is its noise."""
     plan = samplers.plan('ddpm', CHAIN, 6)
-    xs = samplers.sample_trajectory(gaussian(CHAIN, 0.0, 0.0), plan, jnp.zeros((1, 5000)), key).x[1:-1, 0]
+    point = oracles.gaussian(0.0, 0.0).denoiser(CHAIN)
+    xs = samplers.sample_trajectory(point, plan, jnp.zeros((1, 5000)), key).x[1:-1, 0]
     c = plan.coefficients
     fresh = [xs[0]] + [xs[i] - c['x_t'][i] * xs[i - 1] for i in range(1, 5)]
     np.testing.assert_allclose(np.corrcoef(np.array(fresh)), np.eye(5), atol=0.05)
@@ -112,7 +114,11 @@ def test_progress_is_told_of_every_step():
     plan = samplers.plan('ddim', CHAIN, 9)
     jax.jit(
         lambda x: samplers.sample(
-            gaussian(CHAIN, 0.0, 0.5), plan, x, jax.random.key(0), on_step=lambda step: seen.append(int(step))
+            ORACLE,
+            plan,
+            x,
+            jax.random.key(0),
+            on_step=lambda step: seen.append(int(step)),
         )
     )(jnp.ones((1, 1)))
     jax.effects_barrier()
@@ -121,7 +127,7 @@ def test_progress_is_told_of_every_step():
 
 def test_clipping_holds_the_prediction_and_so_the_sample_in_range():
     plan = samplers.plan('ddim', CHAIN, 10)
-    denoiser = gaussian(CHAIN, 5.0, 0.1)
+    denoiser = oracles.gaussian(5.0, 0.1).denoiser(CHAIN)
     free = samplers.sample_trajectory(denoiser, plan, jnp.ones((2, 3)), jax.random.key(0))
     held = samplers.sample_trajectory(denoiser, plan, jnp.ones((2, 3)), jax.random.key(0), clip=True)
     assert free.x0.max() > 4
@@ -131,14 +137,17 @@ def test_clipping_holds_the_prediction_and_so_the_sample_in_range():
 
 def test_samples_have_derivatives():
     plan = samplers.plan('ddim', CHAIN, 5)
-    gradient = jax.grad(lambda x: samplers.sample(gaussian(CHAIN, 0.3, 0.5), plan, x, jax.random.key(0)).sum())
+    gradient = jax.grad(lambda x: samplers.sample(ORACLE, plan, x, jax.random.key(0)).sum())
     assert jnp.isfinite(gradient(jnp.ones((2, 1)))).all()
 
 
 @pytest.mark.usefixtures('x64')
 def test_float64_noise_is_sampled_in_float64():
     out = samplers.sample(
-        gaussian(CHAIN, 0.3, 0.5), samplers.plan('ddim', CHAIN, 5), jnp.ones((2, 1), jnp.float64), jax.random.key(0)
+        ORACLE,
+        samplers.plan('ddim', CHAIN, 5),
+        jnp.ones((2, 1), jnp.float64),
+        jax.random.key(0),
     )
     assert out.dtype == jnp.float64
 
@@ -153,7 +162,7 @@ def test_float64_noise_is_sampled_in_float64():
 )
 def test_inputs_that_do_not_fit_are_refused(x, key, message):
     with pytest.raises(ValueError, match=message):
-        samplers.sample(gaussian(CHAIN, 0.3, 0.5), samplers.plan('ddim', CHAIN, 5), x, key)
+        samplers.sample(ORACLE, samplers.plan('ddim', CHAIN, 5), x, key)
 
 
 def test_a_network_of_another_shape_is_refused():

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import gaussian
 
-from diffusion_jax import UsageError, samplers, schedules
+from diffusion_jax import UsageError, oracles, samplers, schedules
 from diffusion_jax.denoisers import clip_x0
 
 SCHEDULES = {'linear': schedules.linear(1000), 'cosine': schedules.cosine(1000), 'limit': schedules.linear(None)}
@@ -15,7 +14,7 @@ MEAN, STD = 0.3, 0.5
 
 def draw(plan, schedule, count=20_000, mean=MEAN, std=STD, seed=0, kind='x0'):
     x = jax.random.normal(jax.random.key(seed), (count, 1))
-    denoiser = gaussian(schedule, mean, std, kind)
+    denoiser = oracles.gaussian(mean, std).denoiser(schedule, kind)
     return x, jax.jit(lambda plan, x, key: samplers.sample(denoiser, plan, x, key))(plan, x, jax.random.key(seed + 1))
 
 
@@ -60,7 +59,7 @@ def test_ddpm_with_large_variance_is_exact_for_standard_normal_data(steps):
     """Section 3.2 of the paper: beta_t is the reverse variance of N(0, I) data, on any sub-sequence."""
     chain = SCHEDULES['linear']
     plan = samplers.plan('ddpm', chain, steps, variance='large')
-    denoiser = gaussian(chain, 0.0, 1.0)
+    denoiser = oracles.gaussian(0.0, 1.0).denoiser(chain)
     x = jax.random.normal(jax.random.key(0), (40_000, 1))
     xs = samplers.sample_trajectory(denoiser, plan, x, jax.random.key(1)).x[:-1]  # the last step adds no noise
     np.testing.assert_allclose(xs.std(axis=(1, 2)), 1, atol=0.015)
@@ -74,7 +73,7 @@ def test_ddpm_with_small_variance_is_exact_for_a_single_point(steps):
     alpha, sigma = chain.alpha(times), chain.sigma(times)
     x = alpha[0] * MEAN + sigma[0] * jax.random.normal(jax.random.key(0), (40_000, 1))
     plan = samplers.ddpm(chain, times, variance='small')
-    xs = samplers.sample_trajectory(gaussian(chain, MEAN, 0.0), plan, x, jax.random.key(1)).x
+    xs = samplers.sample_trajectory(oracles.gaussian(MEAN, 0.0).denoiser(chain), plan, x, jax.random.key(1)).x
     np.testing.assert_allclose(xs.mean(axis=(1, 2)), alpha * MEAN, atol=0.02)
     np.testing.assert_allclose(xs.std(axis=(1, 2)), sigma, atol=0.015)
 
@@ -87,7 +86,7 @@ def test_ddim_keeps_the_exact_marginals_of_a_single_point_for_every_eta(eta):
     alpha, sigma = chain.alpha(times), chain.sigma(times)
     x = alpha[0] * MEAN + sigma[0] * jax.random.normal(jax.random.key(0), (40_000, 1))
     xs = samplers.sample_trajectory(
-        gaussian(chain, MEAN, 0.0), samplers.ddim(chain, times, eta), x, jax.random.key(1)
+        oracles.gaussian(MEAN, 0.0).denoiser(chain), samplers.ddim(chain, times, eta), x, jax.random.key(1)
     ).x
     np.testing.assert_allclose(xs.mean(axis=(1, 2)), alpha * MEAN, atol=0.02)
     np.testing.assert_allclose(xs.std(axis=(1, 2)), sigma, atol=0.015)
