@@ -1,11 +1,12 @@
 """Diffusion models in JAX and Flax: schedules, losses, samplers, networks and training, as functions and data."""
 
 from diffusion_jax import data, denoisers, guidance, losses, models, oracles, process, samplers, schedules
-from diffusion_jax.errors import TrainingDiverged, UsageError
+from diffusion_jax.errors import SamplingDiverged, TrainingDiverged, UsageError
 
 __version__ = '0.1.0'
 
 __all__ = [
+    'SamplingDiverged',
     'TrainingDiverged',
     'UsageError',
     'data',

@@ -10,3 +10,14 @@ class UsageError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient is no longer a number."""
+
+
+class SamplingDiverged(RuntimeError):
+    """Samples came out as NaN or inf."""
+
+    def __init__(self, bad: int, num: int):
+        super().__init__(
+            f'{bad} of {num} samples are not finite: the network returned NaN or inf on the way. Check its parameters '
+            '(a diverged run?), a guidance_scale that is too large, or an eps-prediction used where there is no signal '
+            '(zero terminal SNR: predict v or x0).'
+        )

@@ -1,0 +1,101 @@
+"""Heun's method and EDM's stochastic sampler (Karras et al. 2022, algorithms 1 and 2). Order 2, two calls a step."""
+
+import math
+
+import numpy as np
+
+from diffusion_jax.errors import UsageError
+from diffusion_jax.registry import unknown
+from diffusion_jax.samplers.engine import Plan
+from diffusion_jax.samplers.linear import levels, levels_at, linear_plan
+from diffusion_jax.schedules import Flow, Schedule
+
+# y = x / scale moves at the constant rate (on eps, on x0) per unit of sigma / scale.
+COORDINATES = {
+    'sigma': (lambda alpha, sigma: alpha, 1.0, 0.0),
+    'flow': (lambda alpha, sigma: alpha + sigma, 1.0, -1.0),
+}
+MOST_CHURN = math.sqrt(2.0) - 1.0
+
+
+def heun(
+    schedule: Schedule,
+    times,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = math.inf,
+    churn_noise: float = 1.0,
+    coordinate: str | None = None,
+) -> Plan:
+    """Heun's method through `times`, decreasing [N + 1]: 2 N calls, or 2 N - 1 where the last step goes to the data.
+
+    A step to zero noise, and one from zero signal in the coordinate 'sigma', is Euler's, of one call.
+
+    Args:
+      churn: S_churn of the paper, 0 or more: before a step at sigma / alpha between `churn_min` and `churn_max`, noise
+        raises it by the factor 1 + min(churn / N, sqrt(2) - 1), though not beyond the schedule's noisiest level. The
+        first step has none: it starts from noise already.
+      churn_noise: S_noise, the standard deviation of that noise.
+      coordinate: what the trapezoid is uniform in. 'sigma': x / alpha over sigma / alpha, the paper's; 'flow':
+        x / (alpha + sigma) over sigma / (alpha + sigma), which on a rectified flow is x over t, and is finite at zero
+        signal. None: 'flow' for `schedules.Flow`, else 'sigma'.
+    """
+    if coordinate is None:
+        coordinate = 'flow' if isinstance(schedule, Flow) else 'sigma'
+    if coordinate not in COORDINATES:
+        raise unknown('coordinate of heun', coordinate, COORDINATES)
+    if not (churn >= 0 and 0 <= churn_min <= churn_max and churn_noise >= 0):
+        raise UsageError(
+            'heun needs churn >= 0, 0 <= churn_min <= churn_max and churn_noise >= 0, got '
+            f'{churn}, {churn_min}, {churn_max} and {churn_noise}.'
+        )
+    scale_of, rate_eps, rate_x0 = COORDINATES[coordinate]
+    grid = levels(schedule, times)
+    num = grid.num_steps
+    x, base, slope, x0 = np.eye(4)
+    gamma = min(churn / num, MOST_CHURN)
+    matrices, call_times, noise = [], [], []
+
+    def churned(i):
+        """(level after churning, standard deviation of the noise that took x there, factor on x before it)."""
+        ratio = np.exp(-grid.lam[i])
+        if not (gamma and churn_min <= ratio <= churn_max and np.isfinite(ratio) and grid.sigma[i] > 0):
+            return levels_at(schedule, grid.times[i : i + 1]), 0.0, 1.0
+        time = schedule.time_of_log_snr(np.array([2 * (grid.lam[i] - math.log1p(gamma))]))
+        level = levels_at(schedule, np.maximum(time, grid.times[i]))
+        factor = level.alpha[0] / grid.alpha[i]
+        added = math.sqrt(max(level.sigma[0] ** 2 - (factor * grid.sigma[i]) ** 2, 0.0))
+        return level, churn_noise * added, factor
+
+    level = levels_at(schedule, grid.times[:1])
+    for i in range(num):
+        scale_t, scale_s = (scale_of(g.alpha[j], g.sigma[j]) for g, j in ((level, 0), (grid, i + 1)))
+        next_level, next_added, next_factor = churned(i + 1) if i + 1 < num else (None, 0.0, 1.0)
+        d = rate_eps * level.eps(0, x, x0) + rate_x0 * x0
+        call_times.append(level.times[0])
+        if scale_t == 0 or grid.sigma[i + 1] == 0:
+            one_call = grid.sigma[i + 1] * level.eps(0, x, x0) + grid.alpha[i + 1] * x0
+            matrices.append([next_factor * one_call, base, slope])
+            noise.append(next_added)
+        else:
+            span = grid.sigma[i + 1] / scale_s - level.sigma[0] / scale_t
+            matrices.append([scale_s * (x / scale_t + span * d), x / scale_t, d])
+            noise.append(0.0)
+            d = rate_eps * grid.eps(i + 1, x, x0) + rate_x0 * x0
+            matrices.append([next_factor * scale_s * (base + span * (slope + d) / 2), base, slope])
+            call_times.append(grid.times[i + 1])
+            noise.append(next_added)
+        level = next_level
+    return linear_plan(schedule, np.append(call_times, grid.times[-1]), matrices, np.array(noise) if gamma else None)
+
+
+def edm(
+    schedule: Schedule,
+    times,
+    churn: float = 40.0,
+    churn_min: float = 0.05,
+    churn_max: float = 50.0,
+    churn_noise: float = 1.003,
+) -> Plan:
+    """EDM's stochastic sampler: `heun` with the churn of the paper's ImageNet-64 results (table 5)."""
+    return heun(schedule, times, churn, churn_min, churn_max, churn_noise, 'sigma')
