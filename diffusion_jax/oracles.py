@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+from scipy.integrate import solve_ivp
 
 from diffusion_jax.denoisers import Denoiser
 from diffusion_jax.errors import UsageError
@@ -80,6 +81,36 @@ class GaussianMixture:
         ones = jnp.ones(x.shape[0], x.dtype)
         log_terms, _ = self._terms(*self._rows(x, alpha * ones, sigma * ones))
         return jax.nn.logsumexp(log_terms, axis=-1).reshape(x.shape[0], -1).sum(axis=-1)
+
+    def probability_flow(self, x, log_snrs) -> np.ndarray:
+        """Where the probability-flow ODE carries x, to 1e-12, on the host: what deterministic solvers converge to.
+
+        Args:
+          x: [B, ...], x_t / alpha(t) at the first of `log_snrs`: in these units the ODE is that of every schedule.
+          log_snrs: [N] finite and monotonic, either way.
+
+        Returns:
+          [N, B, ...], float64, x_t / alpha(t) at each of them.
+        """
+        x = np.asarray(x, np.float64)
+        rows = x.reshape(x.shape[0] if self.shape else -1, self.means.shape[1])
+        axes = np.eye(rows.shape[1])[None] if self.axes is None else self.axes
+
+        def velocity(ratio, flat):
+            """eps = (x - E[x_0 | x]) / sigma where alpha is 1 (Karras et al. 2022, eq. 1 and 3)."""
+            difference = flat.reshape(rows.shape)[:, None] - self.means
+            inside = np.einsum('bkd,kde->bke', difference, np.broadcast_to(axes, (len(self.means), *axes.shape[1:])))
+            total = self.variances + ratio**2
+            log_terms = np.log(self.weights) - 0.5 * (inside**2 / total + np.log(total)).sum(-1)
+            share = np.exp(log_terms - log_terms.max(axis=1, keepdims=True))
+            share /= share.sum(axis=1, keepdims=True)
+            return np.einsum('bk,bke,kde->bd', share, inside / total, axes + 0 * self.means[:, :, None]).ravel() * ratio
+
+        ratios = np.exp(-0.5 * np.asarray(log_snrs, np.float64))
+        solution = solve_ivp(
+            velocity, ratios[[0, -1]], rows.ravel(), method='DOP853', t_eval=ratios, rtol=1e-12, atol=1e-13
+        )
+        return solution.y.T.reshape(len(ratios), *x.shape)
 
     def sample(self, key: PRNGKeyArray, num: int) -> Float[Array, 'B ...']:
         """Exact draws of x_0."""

@@ -59,8 +59,8 @@ def test_the_grid_itself_may_be_traced():
     np.testing.assert_allclose(traced, concrete, rtol=1e-3)
 
 
-@pytest.mark.parametrize('solver', sorted(samplers.SOLVERS))
-@pytest.mark.parametrize('spacing', sorted(samplers.SPACINGS))
+@pytest.mark.parametrize('solver', ['ddim', 'ddpm', 'dpmpp_2m', 'unipc', 'lms'])
+@pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
 @pytest.mark.parametrize('steps', [1, 15, 1000])
 def test_n_steps_are_n_model_calls_at_the_times_of_the_grid(solver, spacing, steps):
     seen = []
@@ -104,7 +104,7 @@ def test_every_step_draws_its_own_noise(key):
     point = oracles.gaussian(0.0, 0.0).denoiser(CHAIN)
     xs = samplers.sample_trajectory(point, plan, jnp.zeros((1, 5000)), key).x[1:-1, 0]
     c = plan.coefficients
-    fresh = [xs[0]] + [xs[i] - c['x_t'][i] * xs[i - 1] for i in range(1, 5)]
+    fresh = [xs[0]] + [xs[i] - c['matrix'][i, 0, 0] * xs[i - 1] for i in range(1, 5)]
     np.testing.assert_allclose(np.corrcoef(np.array(fresh)), np.eye(5), atol=0.05)
     np.testing.assert_allclose(np.std(fresh, axis=1), c['noise'][:5], rtol=0.05)
 
