@@ -36,6 +36,8 @@ class Exponential:
 
     def __init__(self, t: tuple[float, float, float], s: tuple[float, float, float], form: str, eta: float = 0.0):
         (alpha_t, sigma_t, lam_t), (alpha_s, sigma_s, lam_s) = t, s
+        # Where there is no signal only x0 says where to go; the step is of order 1 there and both forms are DDIM.
+        self.form = form = form if alpha_t else 'x0'
         self.h = lam_s - lam_t
         self.std = sigma_s * np.sqrt(-np.expm1(-2 * eta * self.h)) if eta and sigma_s else 0.0
         with np.errstate(divide='ignore', invalid='ignore'):
@@ -105,7 +107,7 @@ def multistep(
     for i, current in enumerate(multistep_orders(grid.lam, order, lower_order_final)):
         f = output if form == 'x0' else grid.eps(i, x, output)
         step = integral(grid, i, i + 1, form, eta)
-        update = step.decay * x + step.first * f
+        update = step.decay * x + step.first * (output if step.form == 'x0' else f)
         if current == 2:
             slope = step.h * (f - previous[0]) / (grid.lam[i] - grid.lam[i - 1])
             update = update + step.scale * (step.phi_1 / 2 if method == 'midpoint' else step.phi_2) * slope

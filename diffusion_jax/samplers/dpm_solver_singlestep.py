@@ -7,7 +7,7 @@ import numpy as np
 
 from diffusion_jax.errors import UsageError
 from diffusion_jax.registry import unknown
-from diffusion_jax.samplers.dpm_solver import FORMS, Exponential
+from diffusion_jax.samplers.dpm_solver import FORMS, integral
 from diffusion_jax.samplers.engine import Plan
 from diffusion_jax.samplers.linear import check_order, levels, levels_at, linear_plan
 from diffusion_jax.schedules import Schedule
@@ -56,39 +56,49 @@ def singlestep(
         if value not in choices:
             raise unknown(f'{name} of singlestep', value, choices)
     grid = levels(schedule, times)
+    orders = singlestep_orders(grid.lam, order, lower_order_final)
+    at = grid
+    if stages == 'log_snr':
+        starts = np.cumsum([0, *orders])
+        lam = np.concatenate(
+            [
+                grid.lam[i] + (grid.lam[i + p] - grid.lam[i]) * np.arange(1, p) / p
+                for i, p in zip(starts[:-1], orders, strict=True)
+            ]
+        )
+        inner = np.ones(len(grid.times), bool)
+        inner[starts] = False
+        times = grid.times.copy()
+        times[inner] = schedule.time_of_log_snr(2 * lam)
+        if not (np.diff(times) < 0).all():
+            raise UsageError('calls within a step coincide in time: take fewer steps.')
+        at = levels_at(schedule, times)
     x, base, first, second, x0 = np.eye(5)
-    matrices, call_times = [], []
-    point = 0
-    for p in singlestep_orders(grid.lam, order, lower_order_final):
-        last = point + p
-        h = grid.lam[last] - grid.lam[point]
-        if p == 1:
-            inner = np.array([])
-        elif stages == 'grid':
-            inner = grid.times[point + 1 : last]
-        else:
-            inner = schedule.time_of_log_snr(2 * (grid.lam[point] + h * np.arange(1, p) / p))
-        at = levels_at(schedule, np.concatenate([grid.times[point : point + 1], inner, grid.times[last : last + 1]]))
-        if not (np.diff(at.times) < 0).all():
-            raise UsageError('the calls within a step coincide in time: take fewer steps.')
+    matrices = []
+    start = 0
+    for p in orders:
+        h = at.lam[start + p] - at.lam[start]
 
-        def step(i, at=at):
-            return Exponential(*((at.alpha[j], at.sigma[j], at.lam[j]) for j in (0, i)), form)
+        def step(i, start=start):
+            return integral(at, start, start + i, form)
 
-        def output(i, at=at):
-            return x0 if form == 'x0' else at.eps(i, x, x0)
+        def output(i, start=start):
+            return x0 if form == 'x0' else at.eps(start + i, x, x0)
+
+        def part(i, start=start, h=h):
+            return (at.lam[start + i] - at.lam[start]) / h
 
         # What a step remembers is x at its start (`base`) and the outputs of its calls (`first`, `second`).
         to = step(1)
-        matrices.append([to.decay * x + to.first * output(0), x, output(0), second])
+        matrices.append([to.decay * x + to.first * (x0 if to.form == 'x0' else output(0)), x, output(0), second])
         if p > 1:
-            r_1 = (at.lam[1] - at.lam[0]) / h
+            r_1 = part(1)
             to = step(2)
             rise = output(1) - first
             if p == 2:
                 gain = to.phi_1 / (2 * r_1) if method == 'midpoint' else to.phi_2 / r_1
             else:
-                r_2 = (at.lam[2] - at.lam[0]) / h
+                r_2 = part(2)
                 gain = to.phi_2 * r_2 / r_1
             matrices.append([to.decay * base + to.first * first + to.scale * gain * rise, base, first, output(1)])
         if p > 2:
@@ -103,9 +113,8 @@ def singlestep(
                 slope = (r_2 * slope_1 - r_1 * slope_2) / (r_2 - r_1)
                 update = update + to.scale * (to.phi_2 * slope + to.phi_3 * curvature)
             matrices.append([update, base, first, second])
-        call_times.extend(at.times[:-1])
-        point = last
-    return linear_plan(schedule, np.append(call_times, grid.times[-1]), matrices)
+        start += p
+    return linear_plan(schedule, at.times, matrices)
 
 
 def dpm_2(schedule: Schedule, times, stages: str = 'log_snr', lower_order_final: bool = True) -> Plan:

@@ -55,37 +55,37 @@ def heun(
     x, base, slope, x0 = np.eye(4)
     gamma = min(churn / num, MOST_CHURN)
     matrices, call_times, noise = [], [], []
+    # Level i of `churned` is level i of the grid after the churn, which multiplies x by `factor` and adds noise.
+    with np.errstate(over='ignore'):
+        ratio = np.exp(-grid.lam)
+    churns = (churn_min <= ratio) & (ratio <= churn_max) & np.isfinite(ratio) & (grid.sigma > 0) & (gamma > 0)
+    churns[[0, -1]] = False
+    times = grid.times.copy()
+    times[churns] = np.maximum(schedule.time_of_log_snr(2 * (grid.lam[churns] - math.log1p(gamma))), times[churns])
+    churned = levels_at(schedule, times)
+    factor = np.ones(num + 1)
+    factor[churns] = churned.alpha[churns] / grid.alpha[churns]
+    added = churn_noise * np.sqrt(np.maximum(churned.sigma**2 - (factor * grid.sigma) ** 2, 0.0)) * churns
 
-    def churned(i):
-        """(level after churning, standard deviation of the noise that took x there, factor on x before it)."""
-        ratio = np.exp(-grid.lam[i])
-        if not (gamma and churn_min <= ratio <= churn_max and np.isfinite(ratio) and grid.sigma[i] > 0):
-            return levels_at(schedule, grid.times[i : i + 1]), 0.0, 1.0
-        time = schedule.time_of_log_snr(np.array([2 * (grid.lam[i] - math.log1p(gamma))]))
-        level = levels_at(schedule, np.maximum(time, grid.times[i]))
-        factor = level.alpha[0] / grid.alpha[i]
-        added = math.sqrt(max(level.sigma[0] ** 2 - (factor * grid.sigma[i]) ** 2, 0.0))
-        return level, churn_noise * added, factor
+    def rate(level, i):
+        """dy of one unit of sigma / scale, from a call at level i."""
+        return rate_eps * level.eps(i, x, x0) + rate_x0 * x0
 
-    level = levels_at(schedule, grid.times[:1])
     for i in range(num):
-        scale_t, scale_s = (scale_of(g.alpha[j], g.sigma[j]) for g, j in ((level, 0), (grid, i + 1)))
-        next_level, next_added, next_factor = churned(i + 1) if i + 1 < num else (None, 0.0, 1.0)
-        d = rate_eps * level.eps(0, x, x0) + rate_x0 * x0
-        call_times.append(level.times[0])
+        scale_t, scale_s = (scale_of(g.alpha[j], g.sigma[j]) for g, j in ((churned, i), (grid, i + 1)))
+        call_times.append(churned.times[i])
         if scale_t == 0 or grid.sigma[i + 1] == 0:
-            one_call = grid.sigma[i + 1] * level.eps(0, x, x0) + grid.alpha[i + 1] * x0
-            matrices.append([next_factor * one_call, base, slope])
-            noise.append(next_added)
+            end = grid.sigma[i + 1] * churned.eps(i, x, x0) + grid.alpha[i + 1] * x0
+            matrices.append([factor[i + 1] * end, base, slope])
         else:
-            span = grid.sigma[i + 1] / scale_s - level.sigma[0] / scale_t
+            span = grid.sigma[i + 1] / scale_s - churned.sigma[i] / scale_t
+            d = rate(churned, i)
             matrices.append([scale_s * (x / scale_t + span * d), x / scale_t, d])
             noise.append(0.0)
-            d = rate_eps * grid.eps(i + 1, x, x0) + rate_x0 * x0
-            matrices.append([next_factor * scale_s * (base + span * (slope + d) / 2), base, slope])
+            end = scale_s * (base + span * (slope + rate(grid, i + 1)) / 2)
+            matrices.append([factor[i + 1] * end, base, slope])
             call_times.append(grid.times[i + 1])
-            noise.append(next_added)
-        level = next_level
+        noise.append(added[i + 1])
     return linear_plan(schedule, np.append(call_times, grid.times[-1]), matrices, np.array(noise) if gamma else None)
 
 

@@ -60,10 +60,7 @@ def linear_plan(schedule: Schedule, times, matrices, noise=None) -> Plan:
     matrices = xp.asarray(matrices)
     if xp is np:
         if not np.isfinite(matrices).all():
-            raise UsageError(
-                'this solver cannot start from zero signal (log-SNR of -inf): start the grid later, or use a solver in '
-                'x0 such as ddim, dpmpp_2m or unipc.'
-            )
+            raise UsageError(f'this solver is not defined on the grid {times}: take another spacing, or fewer steps.')
         used = (matrices != 0).any(axis=0)
     else:
         used = np.ones(matrices.shape[1:], bool)

@@ -63,7 +63,7 @@ def unipc(
     def update(i, x, values, points):
         """x at level i + 1 from x at i, values[0] = f there, and f at the points, in units of that step."""
         step = integral(grid, i, i + 1, form)
-        result = step.decay * x + step.first * values[0]
+        result = step.decay * x + step.first * (values[0] if step.form == form else x0)
         if points:
             weights = _weights(step, points, variant)
             differences = [(f - values[0]) / point for f, point in zip(values[1:], points, strict=True)]

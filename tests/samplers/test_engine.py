@@ -1,11 +1,13 @@
 """The engine: one compilation, N calls for N steps, keys, recording, progress."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import guidance, oracles, samplers, schedules
+from diffusion_jax import SamplingDiverged, denoisers, guidance, oracles, samplers, schedules
 from diffusion_jax.denoisers import ModelDenoiser
 
 CHAIN = schedules.cosine(1000)
@@ -42,6 +44,41 @@ def test_changing_values_never_compiles_again():
     assert len({float(out.sum()) for out in outs}) == 4
 
 
+@pytest.mark.parametrize('solver', ['heun', 'dpmpp_2m', 'dpmpp_3s', 'dpmpp_2m_sde', 'unipc', 'plms'])
+def test_another_grid_of_as_many_steps_never_compiles_again(solver):
+    @jax.jit
+    def run(plan, x):
+        return samplers.sample(ORACLE, plan, x, jax.random.key(0))
+
+    outs = [
+        run(samplers.plan(solver, schedule, 12, spacing), jnp.ones((2, 1)))
+        for schedule in (CHAIN, schedules.linear(1000))
+        for spacing in ('trailing', 'leading', 'log_snr', 'karras')
+    ]
+    assert run._cache_size() == 1
+    assert len({float(out[0, 0]) for out in outs}) == 8
+
+
+def test_a_thousand_steps_compile_as_ten_do_and_take_no_more_memory():
+    """Counted in what is compiled: instructions, and the bytes that XLA sets aside."""
+
+    def compiled(solver, steps, record=False):
+        run = samplers.sample_trajectory if record else samplers.sample
+        plan = samplers.plan(solver, CHAIN, steps)
+        return jax.jit(lambda plan, x: run(ORACLE, plan, x, jax.random.key(0))).lower(plan, x).compile()
+
+    x = jnp.ones((64, 100))
+    for solver in ('ddim', 'dpmpp_2m', 'unipc', 'dpmpp_2m_sde'):
+        few, many = compiled(solver, 10), compiled(solver, 1000)
+        # What varies with the steps is the table of coefficients: 2 KB at 10, at most 100 floats a step.
+        assert len(many.as_text().splitlines()) == pytest.approx(len(few.as_text().splitlines()), rel=0.05)
+        grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+        assert grown < 990 * 100 * 4
+    # The measure does see what grows: a trajectory of 1000 x.
+    recorded = compiled('ddim', 1000, record=True).memory_analysis()
+    assert recorded.output_size_in_bytes > 1000 * x.nbytes
+
+
 def test_the_grid_itself_may_be_traced():
     @jax.jit
     def run(times, eta):
@@ -59,9 +96,13 @@ def test_the_grid_itself_may_be_traced():
     np.testing.assert_allclose(traced, concrete, rtol=1e-3)
 
 
-@pytest.mark.parametrize('solver', ['ddim', 'ddpm', 'dpmpp_2m', 'unipc', 'lms'])
-@pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
-@pytest.mark.parametrize('steps', [1, 15, 1000])
+@pytest.mark.parametrize(
+    ('solver', 'spacing', 'steps'),
+    [
+        *(('ddim', spacing, steps) for spacing in ('leading', 'trailing', 'linspace') for steps in (1, 15, 1000)),
+        *((solver, 'trailing', 15) for solver in ('ddpm', 'dpmpp_2m', 'dpmpp_3m_sde', 'unipc', 'lms')),
+    ],
+)
 def test_n_steps_are_n_model_calls_at_the_times_of_the_grid(solver, spacing, steps):
     seen = []
 
@@ -133,6 +174,54 @@ def test_clipping_holds_the_prediction_and_so_the_sample_in_range():
     assert free.x0.max() > 4
     assert held.x0.max() <= 1
     np.testing.assert_allclose(held.x[-1], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize('clip', [False, True])
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+def test_a_network_that_diverges_is_never_an_image(bad, clip):
+    """Not even where clipping would make a finite value of it."""
+
+    def denoiser(x_t, t):
+        prediction = ORACLE(x_t, t)
+        broken = jnp.where((t < 0.5) & (jnp.arange(3)[:, None] == 1), bad, prediction.value)
+        return dataclasses.replace(prediction, value=broken)
+
+    plan = samplers.plan('dpmpp_2m', CHAIN, 10)
+    with pytest.raises(SamplingDiverged, match='1 of 3 samples are not finite'):
+        samplers.sample(denoiser, plan, jnp.ones((3, 2)), jax.random.key(0), clip=clip)
+    out = jax.jit(lambda x: samplers.sample(denoiser, plan, x, jax.random.key(0), clip=clip))(jnp.ones((3, 2)))
+    np.testing.assert_array_equal(jnp.isfinite(out).all(axis=1), [True, False, True])
+    with pytest.raises(SamplingDiverged):
+        samplers.check_finite(out)
+
+
+def test_a_denoiser_with_a_memory_keeps_it_from_call_to_call():
+    """One that counts its calls and answers with the count."""
+
+    def call(x_t, t, count):
+        prediction = ORACLE(x_t, t)
+        return dataclasses.replace(prediction, value=jnp.full_like(x_t, count), kind='x0'), count + 1
+
+    counting = denoisers.Stateful(lambda x: jnp.zeros(()), call)
+    for solver, calls in (('ddim', 5), ('heun', 9)):
+        trajectory = samplers.sample_trajectory(
+            counting, samplers.plan(solver, CHAIN, 5), jnp.ones((1, 1)), jax.random.key(0)
+        )
+        np.testing.assert_array_equal(trajectory.x0[:, 0, 0], np.arange(calls))
+        clipped = samplers.sample_trajectory(
+            counting, samplers.plan(solver, CHAIN, 5), jnp.ones((1, 1)), jax.random.key(0), clip=True
+        )
+        np.testing.assert_array_equal(clipped.x0[:, 0, 0], np.minimum(np.arange(calls), 1))
+
+
+def test_noise_to_start_from_has_the_size_that_the_schedule_asks_for(key):
+    for schedule, std in ((CHAIN, 1.0), (schedules.edm(), 80.0), (schedules.flow(), 1.0)):
+        plan = samplers.plan('dpmpp_2m', schedule, 5)
+        x = samplers.prior(plan, key, (1000, 3))
+        assert x.shape == (1000, 3)
+        assert float(x.std()) == pytest.approx(std, rel=0.05)
+        keys = jax.random.split(key, 1000)
+        np.testing.assert_allclose(samplers.prior(plan, keys[3:4], (1, 3))[0], samplers.prior(plan, keys, (1000, 3))[3])
 
 
 def test_samples_have_derivatives():
