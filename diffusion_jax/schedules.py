@@ -15,6 +15,7 @@ Methods take t as a Python float or NumPy array, computed in float64 on the host
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -75,12 +76,20 @@ class Schedule:
         """The t in [0, 1] with that log-SNR, by bisection; 0 or 1 for values out of the schedule's range."""
         log_snr = _as_time(log_snr)
         xp = namespace(log_snr)
-        low, high = xp.zeros_like(log_snr), xp.ones_like(log_snr)
-        # Halving [0, 1] until neighbours in this precision: near 0, floating-point numbers lie closer than near 1.
-        for _ in range(70 if log_snr.dtype == np.float64 else 40):
+
+        def halve(_, bracket):
+            low, high = bracket
             middle = 0.5 * (low + high)
             noisier = self.log_snr(middle) < log_snr
-            low, high = xp.where(noisier, low, middle), xp.where(noisier, middle, high)
+            return xp.where(noisier, low, middle), xp.where(noisier, middle, high)
+
+        # Until the two are neighbours in this precision: near 0, floating-point numbers lie closer than near 1.
+        halvings = 70 if log_snr.dtype == np.float64 else 40
+        bracket = xp.zeros_like(log_snr), xp.ones_like(log_snr)
+        if xp is jnp:
+            _, high = jax.lax.fori_loop(0, halvings, halve, bracket)
+        else:
+            _, high = functools.reduce(lambda bracket, i: halve(i, bracket), range(halvings), bracket)
         return xp.where(log_snr == xp.inf, 0.0, xp.where(self.log_snr(xp.ones_like(high)) >= log_snr, 1.0, high))
 
     def drift(self, t: Float[Array, '...']) -> Float[Array, '...']:

@@ -113,6 +113,17 @@ def prior(plan: Plan, key: PRNGKeyArray, shape: tuple[int, ...], dtype=jnp.float
 KNOWN_NOISE = 2**31  # folded into the key, plus the step's index, for the noise of what inpainting keeps
 
 
+def _check_known(known: Known, shape: tuple[int, ...]) -> None:
+    try:
+        fits = jnp.broadcast_shapes(jnp.shape(known.mask), jnp.shape(known.x0), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UsageError(
+            f'known.x0 {jnp.shape(known.x0)} and known.mask {jnp.shape(known.mask)} must broadcast to x, {shape}.'
+        )
+
+
 def _run(denoiser: Denoiser, plan: Plan, x, key, clip: bool, known: Known | None, on_step, record: bool):
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise UsageError('key must be a typed key, as jax.random.key makes it.')
@@ -149,10 +160,8 @@ def _run(denoiser: Denoiser, plan: Plan, x, key, clip: bool, known: Known | None
             jax.debug.callback(on_step, index)
         return (carry, memory), (carry.x, x0) if record else None
 
-    if known is not None and jnp.broadcast_shapes(jnp.shape(known.mask), jnp.shape(known.x0), x.shape) != x.shape:
-        raise UsageError(
-            f'known.x0 {jnp.shape(known.x0)} and known.mask {jnp.shape(known.mask)} must broadcast to x, {x.shape}.'
-        )
+    if known is not None:
+        _check_known(known, x.shape)
     x = keep_known(x, 0, alpha[0], sigma[0])
     carry = Carry(x, plan.solver.empty_memory(x))
     memory = denoiser.initial_state(x) if isinstance(denoiser, Stateful) else ()
