@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plans import widened
 
 from diffusion_jax import UsageError, denoisers, oracles, samplers, schedules
 from diffusion_jax.config import SOLVER_OPTIONS
 from diffusion_jax.samplers import DESCRIPTIONS, SOLVERS
+from experiments.solvers.convergence import widened
 
 SCHEDULES = {
     'linear': schedules.linear(1000),

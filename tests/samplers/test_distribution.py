@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plans import widened
 from scipy import stats
 
 from diffusion_jax import oracles, samplers, schedules
+from experiments.solvers.convergence import widened
 
 MIXTURE = oracles.gaussian_mixture(
     [0.6, 0.4], [[-0.6, 0.4], [0.7, -0.3]], [[[0.1, 0.06], [0.06, 0.08]], [[0.04, -0.03], [-0.03, 0.09]]]

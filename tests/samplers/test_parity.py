@@ -10,9 +10,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plans import replay, widened
 
 from diffusion_jax import oracles, samplers, schedules
+from experiments.solvers.convergence import replay, widened
 
 FILE = Path(__file__).parents[1] / 'fixtures' / 'diffusers' / 'trajectories.npz'
 with np.load(FILE) as archive:
