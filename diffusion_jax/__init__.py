@@ -1,6 +1,6 @@
 """Diffusion models in JAX and Flax: schedules, losses, samplers, networks and training, as functions and data."""
 
-from diffusion_jax import data, denoisers, guidance, losses, models, oracles, process, samplers, schedules
+from diffusion_jax import data, denoisers, guidance, losses, models, oracles, process, samplers, schedules, vlb
 from diffusion_jax.errors import SamplingDiverged, TrainingDiverged, UsageError
 
 __version__ = '0.1.0'
@@ -18,4 +18,5 @@ __all__ = [
     'process',
     'samplers',
     'schedules',
+    'vlb',
 ]

@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion_jax.errors import TrainingDiverged, UsageError
+from diffusion_jax.errors import SamplingDiverged, TrainingDiverged, UsageError
 from diffusion_jax.registry import lookup, unknown
 
 Mode = Callable[[ConfigDict, str], Any]
@@ -47,7 +47,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     logger.addHandler(_AboveTheBar())
     try:
         app.run(main, flags_parser=_parse)
-    except (UsageError, TrainingDiverged) as error:
+    except (UsageError, TrainingDiverged, SamplingDiverged) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

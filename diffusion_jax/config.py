@@ -14,6 +14,15 @@ from ml_collections.config_dict import placeholder
 from diffusion_jax.errors import UsageError
 from diffusion_jax.models import UNet
 from diffusion_jax.registry import parameters_of
+from diffusion_jax.samplers import SOLVERS
+
+SOLVER_OPTIONS: dict[str, type] = {
+    name: next((kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation)), str)
+    for solver in SOLVERS.values()
+    for name, parameter in parameters_of(solver).items()
+    if name not in ('schedule', 'times')
+}
+"""Keys of config.sample that go to the solver, where they are given (eta, order, ...), and their types."""
 
 
 def default_config() -> ConfigDict:
@@ -37,9 +46,10 @@ def default_config() -> ConfigDict:
     config.schedule = ConfigDict({'name': 'cosine', 'num_timesteps': 1000})  # num_timesteps=None: continuous
     config.loss = ConfigDict(
         {
-            'prediction': 'eps',  # 'eps', 'x0' or 'v'
+            'prediction': 'eps',  # 'eps', 'x0', 'v' or 'flow'
             'weighting': {'name': 'simple'},  # one of losses.WEIGHTINGS
-            'time_sampler': 'uniform',  # or 'stratified'
+            'time_sampler': 'uniform',  # 'stratified', or 'loss_history': by importance, on a chain
+            'vlb_weight': 0.0,  # of the variational bound, with model.learned_variance; improved DDPM has 0.001
         }
     )
     config.optimizer = ConfigDict(
@@ -70,12 +80,14 @@ def default_config() -> ConfigDict:
         {
             'num': 100,
             'labels': 'all',  # 'all': every class in turn; or '3', or '0,1,2', likewise in turn
-            'solver': 'ddim',  # one of samplers.SOLVERS
+            'solver': 'ddim',  # one of samplers.SOLVERS; which is for what: samplers.describe()
             'steps': 50,
             'spacing': 'trailing',  # one of samplers.SPACINGS
-            'eta': placeholder(float),  # ddim's
-            'variance': placeholder(str),  # ddpm's: 'small' or 'large'
+            'final': 'zero',  # or 'sigma_min': where the last step ends
+            **{name: placeholder(kind) for name, kind in SOLVER_OPTIONS.items()},  # None: the solver's own default
             'guidance_scale': placeholder(float),  # None: the conditional model alone
+            'guidance_rescale': 0.0,  # in [0, 1]: against over-exposure by large scales
+            'guidance_interval': placeholder(tuple),  # (low, high) in log-SNR: guide there alone
             'clip': True,  # the predicted x0, to [-1, 1]
             'seed': 0,
             'batch_size': 100,
@@ -105,12 +117,14 @@ def _defaults_of(module: Callable[..., Any]) -> dict[str, Any]:
 FROM_DATA = ('resolution', 'image_channels', 'num_classes')
 """Arguments of a model that the data sets decide."""
 
-SOLVER_OPTIONS = ('eta', 'variance')
-"""Keys of config.sample that go to the solver, where they are given."""
-
 FREE_TO_CHANGE = ('sample.', 'evaluate.', 'data.dir', 'data.placement', 'train.num_steps', 'train.log_every')
 FREE_TO_CHANGE += ('train.eval_every', 'train.sample_every', 'train.checkpoint_every', 'train.keep_checkpoints')
 """Keys that a run may be resumed or sampled with another value of: they do not alter what was trained so far."""
+
+
+def solver_options(section: ConfigDict) -> dict[str, Any]:
+    """What a config's `sample` section says of the solver itself."""
+    return {name: section[name] for name in SOLVER_OPTIONS if section[name] is not None}
 
 
 def options(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +159,19 @@ def check_keys(config: ConfigDict) -> None:
     want = {k for k in flatten(default_config().to_dict()) if not _open_ended(k)}
     _refuse('has unknown keys', have - want, want)
     _refuse('lacks keys', want - have, want)
+
+
+def with_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that was written down, with the default of each key that it is too old to have."""
+    filled = ConfigDict(dict(record))
+    default = default_config()
+    same_model = filled.model.name == default.model.name
+    for key, value in flatten(default.to_dict()).items():
+        section, _, name = key.rpartition('.')
+        holder = filled[section] if section else filled
+        if ((section == 'model' and same_model) or not _open_ended(key)) and name not in holder:
+            holder[name] = value
+    return filled.to_dict()
 
 
 def _open_ended(key: str) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray
 from ml_collections import ConfigDict
 
 from diffusion_jax import data, losses
-from diffusion_jax.config import check_keys, differences, options
+from diffusion_jax.config import check_keys, differences, options, with_defaults
 from diffusion_jax.errors import UsageError
 from diffusion_jax.models import MODELS, Params, functional
 from diffusion_jax.registry import build, lookup
@@ -40,6 +40,8 @@ class Experiment:
       apply: `apply(params, x, t, **conditioning)`.
       loss: `loss(params, x0, key, **conditioning)` -> [B].
       num_classes: 0 if the model is not conditioned on labels.
+      learned_variance: whether the network gives the reverse process's variance besides.
+      loss_history: the empty one, if training draws its times by it.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -49,6 +51,8 @@ class Experiment:
     prediction: str
     data: DataInfo
     num_classes: int
+    learned_variance: bool = False
+    loss_history: losses.LossHistory | None = None
 
 
 def load_data(config: ConfigDict) -> data.Splits:
@@ -87,16 +91,33 @@ def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
             rngs=rngs,
         )
     )
+    learned_variance = config.model.get('learned_variance', False)
+    losses.check_vlb_weight(config.loss.vlb_weight, schedule)
+    if config.loss.vlb_weight and not learned_variance:
+        raise UsageError(
+            f'loss.vlb_weight={config.loss.vlb_weight} trains the variance of a model that has none: set '
+            'model.learned_variance=True, or loss.vlb_weight=0.'
+        )
+    if learned_variance and not config.loss.vlb_weight:
+        raise UsageError(
+            'model.learned_variance=True needs loss.vlb_weight above 0, or the variance is never trained: set it '
+            '(0.001 in improved DDPM), or model.learned_variance=False.'
+        )
+    loss_history = losses.init_history(schedule) if config.loss.time_sampler == 'loss_history' else None
+    # Where there is no history, as for held-out images, the times that it stands for are uniform.
+    time_samplers = losses.TIME_SAMPLERS | {'loss_history': losses.uniform}
     loss = functools.partial(
         losses.diffusion_loss,
         apply,
         schedule=schedule,
         prediction=config.loss.prediction,
         weighting=build('weighting', losses.WEIGHTINGS, **options(config.loss.weighting)),
-        time_sampler=lookup('time_sampler', losses.TIME_SAMPLERS, config.loss.time_sampler),
+        time_sampler=lookup('time_sampler', time_samplers, config.loss.time_sampler),
+        vlb_weight=config.loss.vlb_weight,
     )
     lookup('prediction to train on', losses.LOG_ERROR_SCALE, config.loss.prediction)
-    return Experiment(init, apply, loss, schedule, config.loss.prediction, info, num_classes)
+    prediction = config.loss.prediction
+    return Experiment(init, apply, loss, schedule, prediction, info, num_classes, bool(learned_variance), loss_history)
 
 
 # --- the workdir's record ---------------------------------------------------------------------------------------------
@@ -124,7 +145,7 @@ def read_record(workdir: str | Path) -> tuple[dict[str, Any], DataInfo] | None:
     try:
         record = json.loads(path.read_text())
         info = DataInfo(tuple(record['data']['image_shape']), tuple(record['data']['class_names']))
-        return record['config'], info
+        return with_defaults(record['config']), info
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UsageError(f'{path} is damaged ({error!r}): restore it, or use another --workdir.') from error
 

@@ -55,7 +55,7 @@ def newest_state(workdir: Path):
     config = ConfigDict(record)
     experiment = make_experiment(config, info)
     optimizer, _ = make_optimizer(**config.optimizer, num_steps=config.train.num_steps)
-    shapes = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed))
+    shapes = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, experiment.loss_history))
     return Checkpoints(workdir).restore(abstract(shapes, replicated(make_mesh())))
 
 

@@ -14,7 +14,8 @@ from diffusion_jax.training.train import train
 def test_a_refusal_is_one_message_without_a_traceback(tmp_path):
     status, output = run(f'--workdir={tmp_path / "run"}', '--config.sample.solver=dimm')
     assert status == 1
-    assert output.strip() == "error: unknown solver 'dimm'. Did you mean 'ddim'? Valid choices: ddim, ddpm."
+    assert output.startswith("error: unknown solver 'dimm'. Did you mean 'ddim'? Valid choices: ddim, ddpm, ")
+    assert len(output.strip().splitlines()) == 1
     assert not (tmp_path / 'run').exists()
 
 
@@ -92,7 +93,7 @@ def with_unknown_key(config):
         ({'data__resolution': 9}, 'resolution 9 cannot be halved 1 times'),
         ({'schedule__name': 'cosin'}, "unknown schedule 'cosin'. Did you mean 'cosine'"),
         ({'schedule__num_timesteps': 0}, 'num_timesteps must be at least 1'),
-        ({'loss__prediction': 'epsilon'}, 'Valid choices: eps, v, x0'),
+        ({'loss__prediction': 'epsilon'}, 'Valid choices: eps, flow, v, x0'),
         ({'loss__weighting__name': 'snr'}, 'min_snr, p2, simple, truncated_snr'),
         ({'loss__time_sampler': 'normal'}, 'stratified, uniform'),
         ({'optimizer__name': 'sgd'}, 'adam, adamw'),
@@ -105,7 +106,7 @@ def with_unknown_key(config):
         ({'train__checkpoint_every': 0}, 'train.checkpoint_every must be at least 1'),
         ({'train__batch_size': 12}, 'multiple of the 8 devices'),
         ({'sample__steps': 101}, r'steps must be in 1\.\.100'),
-        ({'sample__spacing': 'even'}, 'leading, linspace, trailing'),
+        ({'sample__spacing': 'even'}, 'leading, leading_offset, linspace'),
         ({'sample__labels': '3,12'}, r'labels must be among 0\.\.9'),
         ({'sample__variance': 'small'}, "option of solver 'ddim'"),
         ({'class_conditional': False}, 'unconditional'),
@@ -151,7 +152,7 @@ def test_a_workdir_of_another_config_is_left_alone(mode, changes, message, workd
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'sample__solver': 'euler'}, "unknown solver 'euler'"),
+        ({'sample__solver': 'eular'}, "unknown solver 'eular'"),
         ({'sample__labels': '10'}, r'labels must be among 0\.\.9'),
         ({'sample__checkpoint': 'last'}, 'best, newest'),
         ({'sample__num': 0}, 'at least 1'),

@@ -6,7 +6,7 @@ import jax
 import pytest
 from runs import ROOT, load_config
 
-from diffusion_jax.config import default_config, differences, flatten
+from diffusion_jax.config import default_config, differences, flatten, solver_options, with_defaults
 from diffusion_jax.experiment import DataInfo, make_experiment
 from diffusion_jax.models import count_params
 from diffusion_jax.pipelines.workdir import check_sampling, pipeline_of
@@ -79,3 +79,20 @@ def test_differences_tell_what_matters_to_a_run_and_nothing_else():
         'model.channels: 128 -> 32',
         "schedule.name: 'cosine' -> 'linear'",
     ]
+
+
+def test_a_config_from_before_a_key_was_added_reads_with_its_default():
+    record = default_config().to_dict()
+    record['sample']['steps'] = 7
+    del record['sample']['order'], record['loss']['vlb_weight'], record['model']['learned_variance']
+    filled = with_defaults(record)
+    assert filled['sample']['steps'] == 7
+    assert filled['sample']['order'] is None
+    assert differences(default_config().to_dict(), filled) == []
+
+
+def test_every_option_of_the_solvers_reaches_them():
+    config = default_config()
+    config.sample.lower_order_final = False
+    config.sample.order = 3
+    assert solver_options(config.sample) == {'lower_order_final': False, 'order': 3}

@@ -14,6 +14,7 @@ from PIL import Image
 from runs import files_below, load_config, newest_state, run, start
 
 from diffusion_jax import TrainingDiverged, UsageError
+from diffusion_jax.losses import index_probabilities
 from diffusion_jax.pipelines import load_pipeline
 from diffusion_jax.training.metrics import read_metrics
 from diffusion_jax.training.train import train
@@ -91,6 +92,34 @@ def test_a_run_may_be_made_longer(workdir, tmp_path):
     straight = train(longer, tmp_path / 'straight')
     shutil.copytree(workdir, tmp_path / 'in_two')
     assert_same_bits(train(longer, tmp_path / 'in_two'), straight)
+
+
+def test_a_run_that_learns_the_variance_and_draws_times_by_their_losses_resumes_bit_for_bit(tmp_path):
+    changes = {
+        'model__learned_variance': True,
+        'loss__vlb_weight': 0.001,
+        'loss__time_sampler': 'loss_history',
+        'model__channel_multipliers': (1,),
+        'model__attention_resolutions': (),
+        'model__middle_attention': False,
+        'schedule__num_timesteps': 4,  # few enough for each to have its ten losses soon
+        'train__checkpoint_every': 6,
+        'train__eval_every': 6,
+        'train__sample_every': 12,
+        'evaluate__after_training': False,
+    }
+    whole = load_config(**changes)
+    straight = train(whole, tmp_path / 'straight')
+    train(load_config(train__num_steps=6, **changes), tmp_path / 'in_two')
+    assert jnp.all(newest_state(tmp_path / 'in_two').loss_history.counts >= 10)  # from here on not uniform
+    assert_same_bits(train(whole, tmp_path / 'in_two'), straight)
+    history = straight.loss_history
+    assert history.counts.sum() == 12 * 16
+    probabilities = index_probabilities(history)
+    assert probabilities.max() > 1.2 * probabilities.min()
+    out = np.asarray(straight.params['conv_out']['kernel'])
+    assert out.shape[-1] == 2
+    assert (np.abs(out).max(axis=(0, 1, 2)) > 1e-4).all()  # both the mean and the variance were trained, from zero
 
 
 def test_samples_from_the_command_line(workdir):

@@ -62,6 +62,8 @@ class UNet(nnx.Module):
       num_groups: groups of every GroupNorm, at most: each has four channels or more.
       time_conditioning: 'additive' or 'scale_shift': how the embedding enters every ResBlock.
       resampling: 'conv' (strided, and nearest + conv) or 'resblock' (ResBlocks that resample, as in ADM).
+      learned_variance: twice the channels come out: the prediction's, and then the reverse process's variance as
+        `denoisers.ModelDenoiser` reads it (Nichol & Dhariwal 2021, section 3.1).
       num_classes: 0 for an unconditional model; else labels 0 .. num_classes - 1, and num_classes is the learned null.
       dtype: compute dtype, 'float32' or 'bfloat16'; norms, softmax and the output are float32 either way.
     """
@@ -82,6 +84,7 @@ class UNet(nnx.Module):
         num_groups: int = 32,
         time_conditioning: str = 'additive',
         resampling: str = 'conv',
+        learned_variance: bool = False,
         num_classes: int = 0,
         dtype: str = 'float32',
         rngs: nnx.Rngs,
@@ -175,7 +178,8 @@ class UNet(nnx.Module):
         self.up = nnx.List(levels)
 
         self.norm_out = GroupNorm(features, num_groups, rngs=rngs)
-        self.conv_out = conv(features, image_channels, 3, dtype=jnp.float32, rngs=rngs, init=ZERO_INIT)
+        channels_out = image_channels * (1 + learned_variance)
+        self.conv_out = conv(features, channels_out, 3, dtype=jnp.float32, rngs=rngs, init=ZERO_INIT)
 
     def __call__(
         self,
@@ -183,8 +187,8 @@ class UNet(nnx.Module):
         t: Float[Array, 'B'],
         label: Int[Array, 'B'] | None = None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, 'B H W C']:
-        """The prediction at x_t.
+    ) -> Float[Array, 'B H W K']:
+        """The prediction at x_t, of K = C channels, or of 2 C with `learned_variance`.
 
         Args:
           x: x_t.

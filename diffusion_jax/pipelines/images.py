@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from tqdm import tqdm
 
 from diffusion_jax import guidance, samplers
 from diffusion_jax.denoisers import Apply, ModelDenoiser
-from diffusion_jax.errors import UsageError
-from diffusion_jax.images import to_uint8
+from diffusion_jax.errors import SamplingDiverged, UsageError
+from diffusion_jax.images import to_float, to_uint8
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.training.sharding import make_mesh, replicated, sharded_batch
 
@@ -50,6 +50,15 @@ class _Model:
     prediction: str
     image_shape: tuple[int, int, int]
     num_classes: int
+    learned_variance: bool
+
+
+class _Guidance(NamedTuple):
+    """Traced: a new value compiles nothing."""
+
+    scale: Float[Array, '']
+    rescale: Float[Array, '']
+    interval: tuple[Float[Array, ''], Float[Array, '']] | None
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'clip', 'on_step'))
@@ -58,20 +67,31 @@ def _sample(
     plan: samplers.Plan,
     keys: PRNGKeyArray,
     labels: Int[Array, 'B'] | None,
-    guidance_scale: float | None,
+    guided: _Guidance | None,
+    start: Float[Array, 'B H W C'] | None,
+    known: samplers.Known | None,
     *,
     model: _Model,
     clip: bool,
     on_step: Callable | None,
-) -> UInt8[Array, 'B H W C']:
+) -> tuple[UInt8[Array, 'B H W C'], Bool[Array, 'B']]:
+    """(images, whether each is finite). `start` is an image to begin from, with noise to where the plan begins."""
     keys_init, keys_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    x = jax.vmap(lambda key: jax.random.normal(key, model.image_shape))(keys_init)
+    if start is None:
+        x = samplers.prior(plan, keys_init, (len(keys), *model.image_shape))
+    else:
+        x = samplers.noised(plan, start, keys_init)
     conditioning = {} if labels is None else {'label': labels}
-    denoiser = ModelDenoiser(model.apply, params, model.schedule, model.prediction, conditioning)
-    if guidance_scale is not None:
+    denoiser = ModelDenoiser(
+        model.apply, params, model.schedule, model.prediction, conditioning, model.learned_variance
+    )
+    if guided is not None:
         null = {'label': jnp.full_like(labels, model.num_classes)}
-        denoiser = guidance.classifier_free(denoiser, null, guidance_scale)
-    return to_uint8(samplers.sample(denoiser, plan, x, keys_steps, clip=clip, on_step=on_step))
+        denoiser = guidance.classifier_free(
+            denoiser, null, guided.scale, interval=guided.interval, rescale=guided.rescale
+        )
+    x = samplers.sample(denoiser, plan, x, keys_steps, clip=clip, known=known, on_step=on_step)
+    return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
 
 
 class ImagePipeline:
@@ -84,6 +104,7 @@ class ImagePipeline:
       image_shape: (H, W, C).
       class_names: of the labels that it is conditioned on; empty if it is not.
       mesh: the devices to sample on; all by default.
+      learned_variance: whether the network gives the variance besides, as `ModelDenoiser` has it.
     """
 
     def __init__(
@@ -95,11 +116,12 @@ class ImagePipeline:
         image_shape: tuple[int, int, int],
         class_names: Sequence[str] = (),
         mesh: Mesh | None = None,
+        learned_variance: bool = False,
     ):
         self.class_names = tuple(class_names)
         self.mesh = mesh or make_mesh()
         self.params = jax.device_put(params, replicated(self.mesh))
-        self._model = _Model(apply, schedule, prediction, tuple(image_shape), len(self.class_names))
+        self._model = _Model(apply, schedule, prediction, tuple(image_shape), len(self.class_names), learned_variance)
 
     @property
     def num_classes(self) -> int:
@@ -114,21 +136,32 @@ class ImagePipeline:
         solver: str = 'ddim',
         steps: int = 50,
         spacing: str = 'trailing',
+        final: str = 'zero',
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        image: np.ndarray | None = None,
+        strength: float = 1.0,
+        mask: np.ndarray | None = None,
         seed: int = 0,
         batch_size: int = 100,
         clip: bool = True,
         progress: bool = False,
         **solver_options: Any,
     ) -> Samples:
-        """Draws `num` images.
+        """Draws `num` images; or, given an image, makes variations of it (`strength`) or fills in a part (`mask`).
 
         Args:
           labels: taken in turn until there are `num`; every class in turn by default.
           guidance_scale: classifier-free; 1 is the conditional model, None that model without the unconditional half's
             cost. A new value compiles nothing.
-          solver: one of `samplers.SOLVERS`; `solver_options` are its own (eta, variance).
-          steps: model calls per image (twice as many images per call with guidance).
-          spacing: of the steps, one of `samplers.SPACINGS`.
+          solver: one of `samplers.SOLVERS`; `solver_options` are its own (eta, variance, order, ...). What there is to
+            know of each: `print(samplers.describe())`.
+          steps: of the solver (twice as many images per model call with guidance).
+          spacing, final: of the steps, one of `samplers.SPACINGS` and of `samplers.FINALS`.
+          guidance_rescale, guidance_interval: of `guidance.classifier_free`.
+          image: uint8, [H, W, C] or [num, H, W, C], to start from.
+          strength: in (0, 1]: how much of `image` is given up to noise; 0.3 changes details, 1 all.
+          mask: [H, W] or [num, H, W], 1 (or True) where `image` is kept and 0 where it is filled in.
           seed: of the initial noise and of the solver's.
           batch_size: images at a time, over all devices; rounded up to a multiple of their number.
           clip: clip the predicted x0 to [-1, 1] at every step.
@@ -136,37 +169,88 @@ class ImagePipeline:
 
         Raises:
           UsageError: for settings that do not fit one another or the model.
+          SamplingDiverged: the network gave NaN or inf.
         """
-        plan = self.plan(solver, steps, spacing, **solver_options)
+        plan = self.plan(solver, steps, spacing, final=final, strength=strength, **solver_options)
         wanted = self.check(num, labels, guidance_scale, batch_size)
+        self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        guided = None
+        if guidance_scale is not None:
+            interval = None if guidance_interval is None else tuple(map(jnp.float32, guidance_interval))
+            guided = _Guidance(jnp.float32(guidance_scale), jnp.float32(guidance_rescale), interval)
+        image, mask = self._check_image(num, image, strength, mask)
         devices = self.mesh.size
         batch_size = -(-min(batch_size, num) // devices) * devices
         batches = -(-num // batch_size)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batches * batch_size))
         sharding = sharded_batch(self.mesh)
         images = []
-        _PROGRESS.bar = tqdm(total=batches * steps, desc='sampling', unit='step', leave=None) if progress else None
+        bad = 0
+        calls = batches * plan.num_calls
+        _PROGRESS.bar = tqdm(total=calls, desc='sampling', unit='step', leave=None) if progress else None
         for start in range(0, batches * batch_size, batch_size):
             part = slice(start, start + batch_size)
-            batch = _sample(
+            placed = functools.partial(_place, part=part, num=len(keys), sharding=sharding)
+            start_image = placed(image)
+            batch, finite = _sample(
                 self.params,
                 plan,
-                jax.device_put(keys[part], sharding),
-                None if wanted is None else jax.device_put(np.resize(wanted, len(keys))[part], sharding),
-                None if guidance_scale is None else jnp.float32(guidance_scale),
+                placed(keys),
+                placed(wanted),
+                guided,
+                start_image if strength < 1 else None,
+                None if mask is None else samplers.Known(start_image, placed(mask)),
                 model=self._model,
                 clip=clip,
                 on_step=_PROGRESS if progress else None,
             )
             images.append(np.asarray(batch))
+            bad += int((~np.asarray(finite))[: num - start].sum())
         if progress:
             jax.effects_barrier()
             _PROGRESS.bar.close()
+        if bad:
+            raise SamplingDiverged(bad, num)
         return Samples(np.concatenate(images)[:num], wanted)
 
-    def plan(self, solver: str, steps: int, spacing: str, **solver_options: Any) -> samplers.Plan:
-        """The solver on its grid, for the schedule of this model."""
-        return samplers.plan(solver, self._model.schedule, steps, spacing, **solver_options)
+    def plan(self, solver: str, steps: int, spacing: str, **options: Any) -> samplers.Plan:
+        """The solver on its grid, for the schedule of this model; options are those of `samplers.plan`."""
+        plan = samplers.plan(solver, self._model.schedule, steps, spacing, **options)
+        if plan.alpha[0] == 0 and self._model.prediction in ('eps', 'score'):
+            raise UsageError(
+                f'this model predicts {self._model.prediction}, which says nothing of the image where there is no '
+                "signal, and the grid starts there: take spacing 'leading', 'log_snr' or 'karras'."
+            )
+        return plan
+
+    def check_guidance(
+        self, scale: float | None, rescale: float = 0.0, interval: tuple[float, float] | None = None
+    ) -> None:
+        """A `UsageError` for options of guidance that do not fit."""
+        if scale is None and (rescale or interval is not None):
+            raise UsageError('guidance_rescale and guidance_interval need a guidance_scale.')
+        guidance.check_options(interval, rescale)
+
+    def _check_image(self, num: int, image: np.ndarray | None, strength: float, mask: np.ndarray | None):
+        """(image as float [num, H, W, C], mask as [num, H, W, 1]), each None where it is not given."""
+        if image is None:
+            if strength != 1 or mask is not None:
+                raise UsageError('strength and mask need an image to start from.')
+            return None, None
+        if strength == 1 and mask is None:
+            raise UsageError('an image needs a strength below 1 (variations of it) or a mask (filling in a part).')
+        shape = self._model.image_shape
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.shape not in (shape, (num, *shape)):
+            raise UsageError(
+                f'image must be uint8 of shape {shape} or {(num, *shape)}, got {image.dtype} {image.shape}.'
+            )
+        if mask is not None:
+            mask = np.asarray(mask)
+            if mask.shape not in (shape[:2], (num, *shape[:2])) or not np.isin(mask, (0, 1)).all():
+                raise UsageError(f'mask must hold 0 and 1 and be of shape {shape[:2]} or {(num, *shape[:2])}.')
+            mask = np.broadcast_to(mask.astype(np.float32), (num, *shape[:2]))[..., None]
+        return np.asarray(to_float(np.broadcast_to(image, (num, *shape)))), mask
 
     def check(
         self, num: int, labels: Sequence[int] | None, guidance_scale: float | None, batch_size: int
@@ -185,6 +269,15 @@ class ImagePipeline:
         if len(labels) == 0 or not all(0 <= label < self.num_classes for label in labels):
             raise UsageError(f'labels must be among {valid}, got {list(labels)}.')
         return np.resize(np.asarray(labels, np.int32), num)
+
+
+def _place(array, *, part: slice, num: int, sharding) -> Any:
+    """A part of an array of samples on the devices; the last samples are repeated if there are fewer than `num`."""
+    if array is None:
+        return None
+    if len(array) < num:
+        array = array[np.arange(num) % len(array)]
+    return jax.device_put(array[part], sharding)
 
 
 def parse_labels(text: str) -> list[int] | None:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffusion_jax.config import SOLVER_OPTIONS
+from diffusion_jax.config import solver_options
 from diffusion_jax.errors import UsageError
 from diffusion_jax.experiment import Experiment, check_same_run, make_experiment, read_record
 from diffusion_jax.images import grid, save_png
@@ -29,6 +29,7 @@ def pipeline_of(experiment: Experiment, params: Any, mesh: Mesh | None = None) -
         experiment.data.image_shape,
         experiment.data.class_names if experiment.num_classes else (),
         mesh,
+        experiment.learned_variance,
     )
 
 
@@ -59,22 +60,22 @@ def sample_as_configured(pipeline: ImagePipeline, section: ConfigDict, num: int 
         solver=section.solver,
         steps=section.steps,
         spacing=section.spacing,
+        final=section.final,
+        guidance_rescale=section.guidance_rescale,
+        guidance_interval=section.guidance_interval,
         seed=section.seed,
         batch_size=section.batch_size,
         clip=section.clip,
         progress=True,
-        **_solver_options(section),
+        **solver_options(section),
     )
 
 
 def check_sampling(pipeline: ImagePipeline, section: ConfigDict) -> None:
     """A `UsageError` if the model cannot be sampled as a config's `sample` section says."""
-    pipeline.plan(section.solver, section.steps, section.spacing, **_solver_options(section))
+    pipeline.plan(section.solver, section.steps, section.spacing, final=section.final, **solver_options(section))
     pipeline.check(section.num, parse_labels(section.labels), section.guidance_scale, section.batch_size)
-
-
-def _solver_options(section: ConfigDict) -> dict[str, Any]:
-    return {name: section[name] for name in SOLVER_OPTIONS if section[name] is not None}
+    pipeline.check_guidance(section.guidance_scale, section.guidance_rescale, section.guidance_interval)
 
 
 def picture_of(samples: Samples, num_classes: int) -> Any:
@@ -97,7 +98,13 @@ def _file_name(section: ConfigDict, step: int) -> str:
         words.append(f'labels{"-".join(map(str, labels))}')
     if section.guidance_scale is not None:
         words.append(f'guidance{section.guidance_scale}')
-    words += [f'{name}{value}' for name, value in _solver_options(section).items()]
+    if section.guidance_rescale:
+        words.append(f'rescale{section.guidance_rescale}')
+    if section.guidance_interval is not None:
+        words.append(f'interval{"to".join(map(str, section.guidance_interval))}')
+    if section.final != 'zero':
+        words.append(section.final)
+    words += [f'{name}{value}' for name, value in solver_options(section).items()]
     words += [word for word, holds in (('unclipped', not section.clip), ('raw', not section.ema)) if holds]
     return '_'.join(words)
 

@@ -21,6 +21,8 @@ def _metric(metrics: dict[str, float]) -> float:
 def _items(state: TrainState) -> dict[str, Any]:
     """The state in parts that can be read apart: sampling needs no optimiser."""
     training = {'step': state.step, 'opt_state': state.opt_state, 'key': state.key}
+    if state.loss_history is not None:
+        training['loss_history'] = state.loss_history
     return {'params': state.params, 'ema': state.ema, 'training': training}
 
 

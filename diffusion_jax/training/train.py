@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusion_jax.data.batches import Batches
-from diffusion_jax.errors import TrainingDiverged, UsageError
+from diffusion_jax.errors import SamplingDiverged, TrainingDiverged, UsageError
 from diffusion_jax.evaluation import check_evaluators, evaluate_pipeline
 from diffusion_jax.experiment import check_same_run, info_of, load_data, make_experiment, write_record
 from diffusion_jax.images import save_png
@@ -62,7 +62,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     # --- the state, created where it lives; the newest checkpoint, if there is one ------------------------------------
     write_record(workdir, config, experiment.data)
-    create = jax.jit(lambda: init_state(experiment.init, optimizer, config.seed), out_shardings=whole)
+    create = jax.jit(
+        lambda: init_state(experiment.init, optimizer, config.seed, experiment.loss_history), out_shardings=whole
+    )
     checkpoints = Checkpoints(workdir, settings.keep_checkpoints)
     state_shapes = abstract(jax.eval_shape(create), whole)
     resumed = bool(checkpoints.steps())
@@ -132,10 +134,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             if saves:
                 checkpoints.save(step, state, loss_now)
             if samples:
-                drawn = sample_as_configured(pipeline_of(experiment, state.ema, mesh), config.sample)
-                picture = picture_of(drawn, experiment.num_classes)
-                save_png(workdir / 'samples' / f'training_step{step}.png', picture)
-                writer.image(step, 'samples', picture)
+                try:
+                    drawn = sample_as_configured(pipeline_of(experiment, state.ema, mesh), config.sample)
+                except SamplingDiverged as error:  # a young model under strong guidance: no reason to stop training
+                    LOGGER.warning('no samples of step %d: %s', step, error)
+                else:
+                    picture = picture_of(drawn, experiment.num_classes)
+                    save_png(workdir / 'samples' / f'training_step{step}.png', picture)
+                    writer.image(step, 'samples', picture)
             if logs or evaluates or samples:
                 timer, timed_from = time.perf_counter(), step
     except TrainingDiverged as error:

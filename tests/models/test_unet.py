@@ -57,6 +57,7 @@ def test_ddpm_cifar10_has_the_published_35_7_million_parameters():
         {'channel_multipliers': (1,), 'attention_resolutions': ()},
         {'image_channels': 3},
         {'num_classes': 10},
+        {'learned_variance': True, 'image_channels': 3},
     ],
 )
 def test_every_option_gives_a_network_of_the_right_shape_in_which_every_parameter_matters(changes):
@@ -66,7 +67,7 @@ def test_every_option_gives_a_network_of_the_right_shape_in_which_every_paramete
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, channels))
     label = {'label': jnp.array([0, 10])} if 'num_classes' in changes else {}
     out = apply(params, x, jnp.array([0.0, 999.0]), **label)
-    assert out.shape == x.shape
+    assert out.shape == (*x.shape[:-1], channels * (1 + changes.get('learned_variance', False)))
     assert out.dtype == jnp.float32
     # Every parameter matters once none is zero.
     grads = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, x, jnp.array([3.0, 700.0]), **label) ** 2)))(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import UsageError, schedules
+from diffusion_jax import SamplingDiverged, UsageError, schedules
 from diffusion_jax.pipelines import ImagePipeline
 from diffusion_jax.pipelines.images import _sample, parse_labels, save_npz
 from diffusion_jax.training.sharding import make_mesh
@@ -46,7 +46,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
     def noisy(pipeline, num, **changes):
         # One step short of the end, noise is left in the image.
         plan = pipeline.plan('ddpm', 4, 'trailing')
-        plan = jax.tree.map(lambda leaf: leaf[:-1], plan)
+        plan = jax.tree.map(lambda leaf: leaf[:-1] if np.ndim(leaf) else leaf, plan)
         pipeline.plan = lambda *args, **kwargs: plan
         return pipeline(num, **settings | changes).images
 
@@ -77,12 +77,81 @@ def test_guidance_one_is_the_conditional_model():
 def test_an_unconditional_model_has_no_labels():
     samples = make(class_names=())(3, steps=5)
     assert samples.labels is None
-    np.testing.assert_array_equal(samples.images, 128)
+    np.testing.assert_allclose(samples.images, 127.5, atol=0.5)  # 0, up to rounding
 
 
 def test_progress_counts_every_step_of_every_batch(capsys):
     make()(40, steps=5, batch_size=16, progress=True)
     assert '15/15' in capsys.readouterr().err
+
+
+def test_an_image_is_varied_by_strength_and_filled_in_by_mask():
+    """The model believes in constant images of -0.5, 0, 0.5; a given image of 0.9 is none of them."""
+    image = np.full((2, 2, 1), 242, np.uint8)
+    free = make()(3, steps=20).images
+    mild = make()(3, steps=20, image=image, strength=0.05, clip=False).images
+    np.testing.assert_array_equal(mild, make()(3, steps=20, image=np.stack([image] * 3), strength=0.05).images)
+    np.testing.assert_array_equal(make()(3, steps=20, image=image, strength=0.9).images, free)
+    mask = np.array([[1, 0], [0, 0]])
+    filled = make()(3, steps=20, image=image, mask=mask).images
+    np.testing.assert_array_equal(filled[:, 0, 0, 0], 242)
+    np.testing.assert_array_equal(filled[:, 1], free[:, 1])
+    one = make()(3, steps=20, image=image, mask=mask, batch_size=1).images
+    np.testing.assert_array_equal(one, filled)
+
+
+def test_every_solver_draws_the_images_of_the_model():
+    for solver, options in (
+        ('dpmpp_2m', {}),
+        ('unipc', {'order': 3, 'spacing': 'log_snr'}),
+        ('heun', {'final': 'sigma_min'}),
+        ('edm', {'churn': 5.0}),
+    ):
+        images = make()(3, solver=solver, steps=12, **options).images
+        np.testing.assert_allclose(images[:, 0, 0, 0].astype(int), [64, 128, 191], atol=8)
+
+
+def test_guidance_options_compile_nothing_new_and_do_something():
+    make()(8, steps=3, guidance_scale=2.0, guidance_interval=(-1.0, 1.0))
+    before = _sample._cache_size()
+    low = make()(8, steps=3, guidance_scale=4.0, guidance_interval=(-30.0, 30.0)).images
+    off = make()(8, steps=3, guidance_scale=4.0, guidance_interval=(29.0, 30.0)).images
+    assert _sample._cache_size() == before
+    np.testing.assert_allclose(off.astype(int), make()(8, steps=3).images, atol=1)  # a level of 0 rounds either way
+    assert np.abs(low.astype(int) - off).max() > 20
+
+
+@pytest.mark.parametrize('clip', [False, True])
+def test_a_model_that_diverges_draws_no_image(clip):
+    pipeline = ImagePipeline(apply, {'step': jnp.float32(np.nan)}, CHAIN, 'v', (2, 2, 1), NAMES)
+    with pytest.raises(SamplingDiverged, match='3 of 3 samples'):
+        pipeline(3, steps=2, clip=clip)
+
+
+def test_eps_at_zero_signal_is_refused_and_v_is_not():
+    chain = schedules.linear(100, zero_terminal_snr=True)
+    ImagePipeline(apply, PARAMS, chain, 'v', (2, 2, 1), NAMES).plan('ddim', 5, 'trailing')
+    with pytest.raises(UsageError, match=r"predicts eps.*'leading'"):
+        ImagePipeline(apply, PARAMS, chain, 'eps', (2, 2, 1), NAMES)(3, steps=5)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'strength': 0.5}, 'need an image'),
+        ({'mask': np.ones((2, 2))}, 'need an image'),
+        ({'image': np.zeros((2, 2, 1), np.uint8)}, 'strength below 1'),
+        ({'image': np.zeros((2, 2, 1)), 'strength': 0.5}, 'image must be uint8'),
+        ({'image': np.zeros((3, 2, 1), np.uint8), 'strength': 0.5}, r'of shape \(2, 2, 1\)'),
+        ({'image': np.zeros((2, 2, 1), np.uint8), 'mask': np.full((2, 2), 0.5)}, 'mask must hold 0 and 1'),
+        ({'guidance_rescale': 0.5}, 'need a guidance_scale'),
+        ({'guidance_scale': 2.0, 'guidance_rescale': 1.5}, r'rescale must lie in \[0, 1\]'),
+        ({'guidance_scale': 2.0, 'guidance_interval': (3.0, 1.0)}, 'low < high'),
+    ],
+)
+def test_settings_that_do_not_fit_an_image_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        make()(2, steps=3, **settings)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +164,7 @@ def test_progress_counts_every_step_of_every_batch(capsys):
         (NAMES, {'guidance_scale': float('nan')}, 'guidance_scale must be 0 or more'),
         (NAMES, {'num': 0}, 'at least 1, got 0'),
         (NAMES, {'steps': 101}, r'steps must be in 1\.\.100'),
-        (NAMES, {'solver': 'euler'}, "unknown solver 'euler'.*ddim, ddpm"),
+        (NAMES, {'solver': 'eular'}, "unknown solver 'eular'.*ddim, ddpm"),
         (NAMES, {'solver': 'ddpm', 'eta': 0.5}, "option of solver 'ddpm'"),
         ((), {'labels': [0]}, 'unconditional'),
         ((), {'guidance_scale': 2.0}, 'unconditional'),

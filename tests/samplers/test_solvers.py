@@ -1,5 +1,7 @@
 """DDIM and DDPM against what is known in closed form of Gaussian data."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,3 +157,36 @@ def test_the_step_to_the_data_adds_no_noise_and_those_before_it_do(solver, optio
     noise = samplers.plan(solver, SCHEDULES['linear'], 10, **options).coefficients['noise']
     assert noise[-1] == 0
     assert (noise[:-1] > 0).all()
+
+
+@pytest.mark.parametrize('fraction', [0.0, 0.5, 1.0])
+def test_a_learned_variance_lies_between_the_two_in_logarithms(fraction):
+    """At 0 DDPM's 'small', at 1 its 'large', half-way their geometric mean; the same draws of noise."""
+    chain = SCHEDULES['linear']
+    exact = oracles.gaussian(MEAN, STD).denoiser(chain)
+
+    def denoiser(x_t, t):
+        return dataclasses.replace(exact(x_t, t), variance_fraction=jnp.full_like(x_t, fraction))
+
+    x = jax.random.normal(jax.random.key(0), (50, 2))
+
+    def first_steps(denoiser, variance):
+        plan = samplers.plan('ddpm', chain, 10, variance=variance)
+        return samplers.sample_trajectory(denoiser, plan, x, jax.random.key(1)).x
+
+    small, large = (first_steps(exact, variance) for variance in ('small', 'large'))
+    learned = first_steps(denoiser, 'learned')
+    if fraction in (0.0, 1.0):
+        np.testing.assert_allclose(learned, (small, large)[int(fraction)], atol=2e-5)
+    else:
+        # After one step all three share a mean, and z is what the others say it is.
+        plans = [samplers.plan('ddpm', chain, 10, variance=variance) for variance in ('small', 'large')]
+        stds = [plan.coefficients['noise'][0] for plan in plans]
+        z = (large[1] - small[1]) / (stds[1] - stds[0])
+        np.testing.assert_allclose(learned[1] - small[1], (np.sqrt(stds[0] * stds[1]) - stds[0]) * z, atol=2e-5)
+
+
+def test_a_variance_that_was_not_learned_is_refused():
+    chain = SCHEDULES['linear']
+    with pytest.raises(UsageError, match="take 'small' or 'large'"):
+        draw(samplers.plan('ddpm', chain, 10, variance='learned'), chain, count=2)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ from runs import load_config
 
 from diffusion_jax import UsageError
 from diffusion_jax.data.batches import Batches
-from diffusion_jax.experiment import info_of, load_data, make_experiment
+from diffusion_jax.experiment import DataInfo, info_of, load_data, make_experiment
+from diffusion_jax.losses import LossHistory, index_probabilities
 from diffusion_jax.training.optimizer import make_optimizer
 from diffusion_jax.training.sharding import make_mesh, replicated, sharded_batch
 from diffusion_jax.training.step import ema_decay_at, init_state, make_held_out_loss, make_train_step
@@ -76,6 +79,51 @@ def test_an_unconditional_step_passes_no_label():
     state, step, seen = linear_step(null_label=0)
     step(state, {}, BATCH)
     assert set(seen) == {'dropout_key'}
+
+
+def test_a_step_with_a_loss_history_draws_by_it_and_adds_to_it():
+    state, step, seen = linear_step()
+    assert state.loss_history is None
+    # Losses of 1, 2, 3 and 4: what is drawn is known to be far from uniform.
+    values = jnp.broadcast_to(jnp.arange(1.0, 5.0)[:, None], (4, 10))
+    history = LossHistory(values, jnp.full(4, 10))
+    state = dataclasses.replace(state, loss_history=history)
+    big = {'image': jnp.full((4000, 2, 2, 1), 255, jnp.uint8), 'label': jnp.ones(4000, jnp.int32)}
+    new, metrics = step(state, {}, big)
+    t = np.asarray(seen['t'])
+    p = np.asarray(index_probabilities(history))
+    counts = np.array([(t == i / 4).sum() for i in (1, 2, 3, 4)])
+    np.testing.assert_allclose(counts / 4000, p, atol=0.03)
+    np.testing.assert_array_equal(new.loss_history.counts, 10 + counts)
+    # Every loss is (0.5 - 1)^2: unweighted in the history, and weighted by 1 / (4 p) in what is trained on.
+    np.testing.assert_array_equal(new.loss_history.values, 0.25)
+    weight = (counts / (4 * p)).sum() / 4000
+    assert float(metrics['loss']) == pytest.approx(0.25 * weight, rel=1e-5)
+    assert float(metrics['grad_norm']) == pytest.approx(weight, rel=1e-5)
+    step(new, {}, big)
+    assert (np.asarray(seen['t']) != t).any()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'loss__vlb_weight': 0.001}, 'set model.learned_variance=True, or loss.vlb_weight=0'),
+        ({'model__learned_variance': True}, r'never trained: set it \(0.001'),
+        ({'loss__vlb_weight': -1.0, 'model__learned_variance': True}, '0 or more'),
+        (
+            {'loss__vlb_weight': 0.001, 'model__learned_variance': True, 'schedule__num_timesteps': None},
+            'give the schedule a num_timesteps, or set vlb_weight=0',
+        ),
+        (
+            {'loss__time_sampler': 'loss_history', 'schedule__num_timesteps': None},
+            'give the schedule a num_timesteps, or take another time_sampler',
+        ),
+        ({'loss__time_sampler': 'importance'}, 'Valid choices: loss_history, stratified, uniform'),
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        make_experiment(load_config(**changes), DataInfo((8, 8, 1), ('a', 'b')))
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,133 @@
+"""Error against model calls of every solver, from pure noise to the data, on a mixture whose answer is known.
+
+    python experiments/solvers/run.py
+
+Deterministic solvers are held to the exact probability flow from the same noise; all of them, and so those that draw
+noise, to exact draws of the data. Writes table.md and errors.png beside this file.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from diffusion_jax import oracles, samplers, schedules
+from diffusion_jax.samplers import DESCRIPTIONS, SOLVERS
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+MIXTURE = oracles.gaussian_mixture(
+    [0.3, 0.5, 0.2], [[-0.7, 0.3], [0.2, -0.4], [0.9, 0.5]], [[0.1, 0.2], [0.2, 0.1], [0.15, 0.15]]
+)
+BUDGETS = (5, 8, 10, 15, 20, 25, 50, 100, 250)
+DIRECTIONS = np.array([[1, 0], [0, 1], [1, 1], [1, -1]]) / np.sqrt([[1], [1], [2], [2]])
+DATA_LOG_SNR = 25.0  # where x_t is the data up to 4e-6
+
+
+def plan_within(solver: str, schedule, calls: int, spacing: str):
+    """The plan of most steps that makes at most `calls` model calls; None if there is none."""
+    for steps in range(calls, 0, -1):
+        plan = samplers.plan(solver, schedule, steps, spacing)
+        if plan.num_calls <= calls:
+            return plan
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--spacing', default='log_snr', choices=('log_snr', 'karras', 'trailing', 'uniform'))
+    parser.add_argument('--num', type=int, default=20_000, help='samples for the distance between distributions')
+    arguments = parser.parse_args()
+    schedule = schedules.linear(1000)
+    denoiser = MIXTURE.denoiser(schedule, 'eps')
+    sample = jax.jit(lambda plan, x: samplers.sample(denoiser, plan, x, jax.random.key(2)))
+    truth = np.asarray(MIXTURE.sample(jax.random.key(3), arguments.num))
+    exact = {}
+    flow_error, distance = {}, {}
+    for solver in tqdm(SOLVERS, desc='solvers'):
+        for calls in BUDGETS:
+            plan = plan_within(solver, schedule, calls, arguments.spacing)
+            if plan is None:
+                continue
+            x = samplers.prior(plan, jax.random.key(1), (arguments.num, 2))
+            out = np.asarray(sample(plan, x))
+            distance[solver, calls] = max(stats.ks_2samp(out @ d, truth @ d).statistic for d in DIRECTIONS)
+            if not DESCRIPTIONS[solver].stochastic:
+                start = float(schedule.log_snr(plan.times[0]))
+                if start not in exact:
+                    noise = np.asarray(x[:500], np.float64) / plan.alpha[0]
+                    exact[start] = MIXTURE.probability_flow(noise, [start, DATA_LOG_SNR])[-1]
+                flow_error[solver, calls] = float(np.sqrt(np.mean((out[:500] - exact[start]) ** 2)))
+    floor = float(
+        np.mean(
+            [
+                max(
+                    stats.ks_2samp(
+                        np.asarray(MIXTURE.sample(jax.random.key(seed), arguments.num)) @ d, truth @ d
+                    ).statistic
+                    for d in DIRECTIONS
+                )
+                for seed in range(4, 8)
+            ]
+        )
+    )
+    folder = Path(__file__).parent
+    (folder / 'table.md').write_text(
+        f'Schedule linear (T = 1000), spacing `{arguments.spacing}`, prediction eps, float32.\n\n'
+        'Root mean square distance to the exact probability flow from the same noise, deterministic solvers:\n\n'
+        + _table(flow_error, [name for name in SOLVERS if not DESCRIPTIONS[name].stochastic])
+        + f'\nDistance to the data: the largest Kolmogorov-Smirnov statistic over four projections, {arguments.num} '
+        f'samples; {floor:.3f} is that of exact draws:\n\n' + _table(distance, list(SOLVERS))
+    )
+    print((folder / 'table.md').read_text())
+    _plot(folder / 'errors.png', flow_error, distance, floor, arguments.spacing)
+
+
+def _table(values: dict, names: list[str]) -> str:
+    lines = [f'| solver | {" | ".join(f"{calls} calls" for calls in BUDGETS)} |', '| --- ' * (len(BUDGETS) + 1) + '|']
+    for name in names:
+        cells = [f'{values[name, calls]:.1e}' if (name, calls) in values else '' for calls in BUDGETS]
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def _plot(path: Path, flow_error: dict, distance: dict, floor: float, spacing: str) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
+    colours = plt.get_cmap('tab20')
+    marks = 'osv^D*XP<>dhp8'
+    for i, name in enumerate(SOLVERS):
+        for axis, values in zip(axes, (flow_error, distance), strict=True):
+            points = [(calls, values[name, calls]) for calls in BUDGETS if (name, calls) in values]
+            if points:
+                bold = name in ('ddim', 'dpmpp_2m')
+                axis.loglog(
+                    *np.transpose(points),
+                    label=name,
+                    color='black' if name == 'ddim' else 'red' if name == 'dpmpp_2m' else colours(i % 20),
+                    marker=marks[i % len(marks)],
+                    markersize=4,
+                    linewidth=2.5 if bold else 1,
+                    linestyle='--' if DESCRIPTIONS[name].stochastic else '-',
+                    zorder=3 if bold else 2,
+                )
+    axes[1].axhline(floor, color='grey', linestyle=':', label='exact draws')
+    axes[0].set_ylim(5e-5, 10)  # PNDM's Runge-Kutta steps from pure noise would hide the rest
+    axes[0].set_title('distance to the exact probability flow')
+    axes[1].set_title('distance to the data (dashed: solvers that draw noise)')
+    for axis in axes:
+        axis.set_xlabel(f'model calls (spacing {spacing})')
+        axis.set_xticks(BUDGETS, [str(calls) for calls in BUDGETS])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, ncol=2, loc='upper right')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    main()
