@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 from diffusion_jax import data, losses
 from diffusion_jax.config import check_keys, differences, options, with_defaults
+from diffusion_jax.denoisers import edm_preconditioned
 from diffusion_jax.errors import UsageError
 from diffusion_jax.models import MODELS, Params, functional
 from diffusion_jax.registry import build, lookup
-from diffusion_jax.schedules import SCHEDULES, Schedule
+from diffusion_jax.schedules import SCHEDULES, Exploding, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,13 @@ def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
             rngs=rngs,
         )
     )
+    if isinstance(schedule, Exploding):
+        if config.loss.prediction != 'x0':
+            raise UsageError(
+                f'on schedule {config.schedule.name!r} x_t has any size, and the network is preconditioned to predict '
+                "x0 (Karras et al. 2022): set loss.prediction='x0' (loss.weighting.name='edm' is the paper's)."
+            )
+        apply = edm_preconditioned(apply)
     learned_variance = config.model.get('learned_variance', False)
     losses.check_vlb_weight(config.loss.vlb_weight, schedule)
     if config.loss.vlb_weight and not learned_variance:

@@ -10,7 +10,9 @@ from pathlib import Path
 CACHE = tempfile.mkdtemp(prefix='diffusion_jax_compiled_')
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
+# Tests compile much and compute little: without LLVM's optimisations they take a third less time.
+FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FLAGS}'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE  # for the commands that tests start, too
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from runs import ROOT, load_config
 
+from diffusion_jax import UsageError
 from diffusion_jax.config import default_config, differences, flatten, solver_options, with_defaults
 from diffusion_jax.experiment import DataInfo, make_experiment
 from diffusion_jax.models import count_params
@@ -96,3 +100,22 @@ def test_every_option_of_the_solvers_reaches_them():
     config.sample.lower_order_final = False
     config.sample.order = 3
     assert solver_options(config.sample) == {'lower_order_final': False, 'order': 3}
+
+
+@pytest.mark.parametrize('name', ['edm', 've'])
+def test_on_an_exploding_schedule_the_network_is_preconditioned(name):
+    """A new network says 0, and so x0 is the paper's c_skip x: x near the data, nothing far away."""
+    config = load_config()
+    config.schedule = ConfigDict({'name': name})
+    with pytest.raises(UsageError, match=r"set loss\.prediction='x0'"):
+        make_experiment(config, DATA['digits'])
+    config.loss.prediction = 'x0'
+    config.loss.weighting.name = 'edm'
+    experiment = make_experiment(config, DATA['digits'])
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(experiment.init, jax.random.key(0)))
+    t = jnp.array([1e-4, 0.5])
+    sigma = experiment.schedule.sigma(t)
+    x = jnp.ones((2, 8, 8, 1))
+    x0 = experiment.apply(params, x, experiment.schedule.timestep(t), label=jnp.zeros(2, int))
+    np.testing.assert_allclose(x0[:, 0, 0, 0], 0.25 / (sigma**2 + 0.25), rtol=1e-5)
+    assert jnp.isfinite(experiment.loss(params, x, jax.random.key(1), label=jnp.zeros(2, int))).all()

@@ -2,10 +2,14 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 from runs import ROOT
 
+from diffusion_jax import samplers
+
 README = (ROOT / 'README.md').read_text()
+SAMPLING = (ROOT / 'docs' / 'sampling.md').read_text()
 
 
 def test_the_library_example_runs_as_written():
@@ -22,6 +26,27 @@ def test_the_library_example_runs_as_written():
 def test_every_file_that_it_names_is_there():
     for target in re.findall(r'\]\(([^)#:]+)\)', README) + re.findall(r'--config=(\S+\.py)', README):
         assert (ROOT / target).exists(), target
+    for target in re.findall(r'\]\(([^)#:]+)\)', SAMPLING):
+        assert (ROOT / 'docs' / target).exists(), target
+
+
+def test_the_page_on_sampling_runs_as_written():
+    """Its first example, and those that start from images; the one on guidance needs a network with labels."""
+    first, guided, editing = re.findall(r'```python\n(.*?)```', SAMPLING, re.DOTALL)
+    names = {}
+    exec(first, names)
+    names |= {'images': names['images'][:2], 'key': jax.random.key(3), 'mask': jnp.ones((8, 8, 1)).at[:, 4:].set(0)}
+    exec(editing, names)
+    for name in ('varied', 'noise', 'back', 'between', 'filled'):
+        assert jnp.isfinite(names[name]).all(), name
+    assert jnp.abs(names['back'] - names['images']).max() < 0.2
+    compile(guided, 'sampling.md', 'exec')
+
+
+def test_the_page_on_sampling_holds_the_table_of_solvers_and_every_spacing():
+    assert samplers.describe() in SAMPLING
+    for spacing in samplers.SPACINGS:
+        assert f'`{spacing}`' in SAMPLING
 
 
 def test_every_config_is_in_its_table():

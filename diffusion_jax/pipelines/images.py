@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from tqdm import tqdm
 
 from diffusion_jax import guidance, samplers
-from diffusion_jax.denoisers import Apply, ModelDenoiser
+from diffusion_jax.denoisers import Apply, Denoiser, ModelDenoiser
 from diffusion_jax.errors import SamplingDiverged, UsageError
 from diffusion_jax.images import to_float, to_uint8
 from diffusion_jax.schedules import Schedule
@@ -61,6 +61,24 @@ class _Guidance(NamedTuple):
     interval: tuple[Float[Array, ''], Float[Array, '']] | None
 
 
+def _guidance(scale: float | None, rescale: float = 0.0, interval: tuple[float, float] | None = None):
+    if scale is None:
+        return None
+    interval = None if interval is None else tuple(map(jnp.float32, interval))
+    return _Guidance(jnp.float32(scale), jnp.float32(rescale), interval)
+
+
+def _denoiser(model: _Model, params: Any, labels: Int[Array, 'B'] | None, guided: _Guidance | None) -> Denoiser:
+    conditioning = {} if labels is None else {'label': labels}
+    denoiser = ModelDenoiser(
+        model.apply, params, model.schedule, model.prediction, conditioning, model.learned_variance
+    )
+    if guided is None:
+        return denoiser
+    null = {'label': jnp.full_like(labels, model.num_classes)}
+    return guidance.classifier_free(denoiser, null, guided.scale, interval=guided.interval, rescale=guided.rescale)
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'clip', 'on_step'))
 def _sample(
     params: Any,
@@ -81,15 +99,7 @@ def _sample(
         x = samplers.prior(plan, keys_init, (len(keys), *model.image_shape))
     else:
         x = samplers.noised(plan, start, keys_init)
-    conditioning = {} if labels is None else {'label': labels}
-    denoiser = ModelDenoiser(
-        model.apply, params, model.schedule, model.prediction, conditioning, model.learned_variance
-    )
-    if guided is not None:
-        null = {'label': jnp.full_like(labels, model.num_classes)}
-        denoiser = guidance.classifier_free(
-            denoiser, null, guided.scale, interval=guided.interval, rescale=guided.rescale
-        )
+    denoiser = _denoiser(model, params, labels, guided)
     x = samplers.sample(denoiser, plan, x, keys_steps, clip=clip, known=known, on_step=on_step)
     return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
 
@@ -174,10 +184,7 @@ class ImagePipeline:
         plan = self.plan(solver, steps, spacing, final=final, strength=strength, **solver_options)
         wanted = self.check(num, labels, guidance_scale, batch_size)
         self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
-        guided = None
-        if guidance_scale is not None:
-            interval = None if guidance_interval is None else tuple(map(jnp.float32, guidance_interval))
-            guided = _Guidance(jnp.float32(guidance_scale), jnp.float32(guidance_rescale), interval)
+        guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
         image, mask = self._check_image(num, image, strength, mask)
         devices = self.mesh.size
         batch_size = -(-min(batch_size, num) // devices) * devices
@@ -212,6 +219,22 @@ class ImagePipeline:
         if bad:
             raise SamplingDiverged(bad, num)
         return Samples(np.concatenate(images)[:num], wanted)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._model.schedule
+
+    def denoiser(self, labels: Sequence[int] | None = None, guidance_scale: float | None = None) -> Denoiser:
+        """The network as a denoiser, to use with `samplers` directly: inversion, restoration, ideas of your own.
+
+        Args:
+          labels: one per sample of the batch that it is called with; None for an unconditional model.
+          guidance_scale: as in a call of the pipeline.
+        """
+        if labels is None and self.num_classes:
+            raise UsageError(f'this model is conditioned on labels: give one per sample, 0..{self.num_classes - 1}.')
+        wanted = None if labels is None else jnp.asarray(self.check(len(labels), labels, guidance_scale, len(labels)))
+        return _denoiser(self._model, self.params, wanted, _guidance(guidance_scale))
 
     def plan(self, solver: str, steps: int, spacing: str, **options: Any) -> samplers.Plan:
         """The solver on its grid, for the schedule of this model; options are those of `samplers.plan`."""

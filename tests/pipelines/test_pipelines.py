@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import SamplingDiverged, UsageError, schedules
+from diffusion_jax import SamplingDiverged, UsageError, samplers, schedules
 from diffusion_jax.pipelines import ImagePipeline
 from diffusion_jax.pipelines.images import _sample, parse_labels, save_npz
 from diffusion_jax.training.sharding import make_mesh
@@ -98,6 +98,19 @@ def test_an_image_is_varied_by_strength_and_filled_in_by_mask():
     np.testing.assert_array_equal(filled[:, 1], free[:, 1])
     one = make()(3, steps=20, image=image, mask=mask, batch_size=1).images
     np.testing.assert_array_equal(one, filled)
+
+
+def test_the_denoiser_of_a_pipeline_goes_with_the_samplers():
+    pipeline = make()
+    denoiser = pipeline.denoiser(labels=[0, 2, 2], guidance_scale=1.5)
+    plan = samplers.plan('ddim', pipeline.schedule, 5)
+    x = samplers.prior(plan, jax.random.key(0), (3, 2, 2, 1))
+    images = samplers.sample(denoiser, plan, x, jax.random.key(1))
+    np.testing.assert_allclose(images[:, 0, 0, 0], [-0.75, 0.75, 0.75], atol=1e-5)
+    with pytest.raises(UsageError, match='give one per sample'):
+        pipeline.denoiser()
+    with pytest.raises(UsageError, match=r'labels must be among 0\.\.2'):
+        pipeline.denoiser(labels=[5])
 
 
 def test_every_solver_draws_the_images_of_the_model():
