@@ -13,9 +13,8 @@ papers' code and in all that follow it. `second_difference='published'` is that 
 import numpy as np
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.registry import unknown
 from diffusion_jax.samplers.engine import Plan
-from diffusion_jax.samplers.linear import Levels, check_order, levels, linear_plan, multistep_orders
+from diffusion_jax.samplers.linear import Levels, check_choices, check_order, levels, linear_plan, multistep_orders
 from diffusion_jax.schedules import Schedule
 
 FORMS = ('x0', 'eps')
@@ -92,13 +91,12 @@ def multistep(
       lower_order_final: end with orders .., 2, 1; None: on grids of fewer than 15 steps.
     """
     check_order('multistep', order, 3)
-    for name, value, choices in (
-        ('form', form, FORMS),
-        ('method', method, METHODS),
-        ('second_difference', second_difference, SECOND_DIFFERENCES),
-    ):
-        if value not in choices:
-            raise unknown(f'{name} of multistep', value, choices)
+    check_choices(
+        'multistep',
+        form=(form, FORMS),
+        method=(method, METHODS),
+        second_difference=(second_difference, SECOND_DIFFERENCES),
+    )
     if not eta >= 0 or (eta and form == 'eps'):
         raise UsageError(f"eta must be 0 or more, and 0 for form 'eps'; got {eta}.")
     grid = levels(schedule, times)

@@ -6,10 +6,9 @@ No history: each step starts afresh, with calls in between at levels r_1 (and r_
 import numpy as np
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.registry import unknown
 from diffusion_jax.samplers.dpm_solver import FORMS, integral
 from diffusion_jax.samplers.engine import Plan
-from diffusion_jax.samplers.linear import check_order, levels, levels_at, linear_plan
+from diffusion_jax.samplers.linear import check_choices, check_order, levels, levels_at, linear_plan
 from diffusion_jax.schedules import Schedule
 
 METHODS = ('midpoint', 'heun')
@@ -52,9 +51,7 @@ def singlestep(
       lower_order_final: end with a step of order 1; without it the last step is that only if it ends at zero noise.
     """
     check_order('singlestep', order, 3)
-    for name, value, choices in (('form', form, FORMS), ('method', method, METHODS), ('stages', stages, STAGES)):
-        if value not in choices:
-            raise unknown(f'{name} of singlestep', value, choices)
+    check_choices('singlestep', form=(form, FORMS), method=(method, METHODS), stages=(stages, STAGES))
     grid = levels(schedule, times)
     orders = singlestep_orders(grid.lam, order, lower_order_final)
     at = grid

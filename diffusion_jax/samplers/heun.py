@@ -5,9 +5,8 @@ import math
 import numpy as np
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.registry import unknown
 from diffusion_jax.samplers.engine import Plan
-from diffusion_jax.samplers.linear import levels, levels_at, linear_plan
+from diffusion_jax.samplers.linear import check_choices, levels, levels_at, linear_plan
 from diffusion_jax.schedules import Flow, Schedule
 
 # y = x / scale moves at the constant rate (on eps, on x0) per unit of sigma / scale.
@@ -42,8 +41,7 @@ def heun(
     """
     if coordinate is None:
         coordinate = 'flow' if isinstance(schedule, Flow) else 'sigma'
-    if coordinate not in COORDINATES:
-        raise unknown('coordinate of heun', coordinate, COORDINATES)
+    check_choices('heun', coordinate=(coordinate, COORDINATES))
     if not (churn >= 0 and 0 <= churn_min <= churn_max and churn_noise >= 0):
         raise UsageError(
             'heun needs churn >= 0, 0 <= churn_min <= churn_max and churn_noise >= 0, got '

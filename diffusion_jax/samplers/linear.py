@@ -10,11 +10,13 @@ for a solver of one slot, so that `[a * x + b * x0, x0]` reads as: the next x is
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import UsageError
+from diffusion_jax.registry import unknown
 from diffusion_jax.samplers.engine import Carry, Plan, make_plan
 from diffusion_jax.samplers.grids import check_grid
 from diffusion_jax.schedules import Schedule, namespace
@@ -117,6 +119,14 @@ def multistep_orders(lam: np.ndarray, order: int, lower_order_final: bool | None
     return orders
 
 
+def check_choices(solver: str, **options: tuple[str, Iterable[str]]) -> None:
+    """A `UsageError` for an option, given as name=(value, choices), that is none of its choices."""
+    for name, (value, choices) in options.items():
+        if value not in choices:
+            raise unknown(f'{name} of {solver}', value, choices)
+
+
 def check_order(solver: str, order: int, largest: int) -> None:
+    """A `UsageError` for an order not in 1 .. largest."""
     if order not in range(1, largest + 1):
         raise UsageError(f'order of {solver} must be in 1..{largest}, got {order}.')

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 
-from diffusion_jax.registry import unknown
 from diffusion_jax.samplers.dpm_solver import FORMS, Exponential, integral
 from diffusion_jax.samplers.engine import Plan
-from diffusion_jax.samplers.linear import check_order, levels, linear_plan, multistep_orders
+from diffusion_jax.samplers.linear import check_choices, check_order, levels, linear_plan, multistep_orders
 from diffusion_jax.schedules import Schedule
 
 VARIANTS = ('bh1', 'bh2')
@@ -52,9 +51,7 @@ def unipc(
       lower_order_final: end with orders .., 2, 1.
     """
     check_order('unipc', order, 3)
-    for name, value, choices in (('form', form, FORMS), ('variant', variant, VARIANTS)):
-        if value not in choices:
-            raise unknown(f'{name} of unipc', value, choices)
+    check_choices('unipc', form=(form, FORMS), variant=(variant, VARIANTS))
     grid = levels(schedule, times)
     # `base`: the last corrected x; previous[0]: the output of the last call.
     x, base, *previous, x0 = np.eye(3 + order)
