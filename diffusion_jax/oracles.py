@@ -139,7 +139,7 @@ def gaussian_mixture(weights, means, covariances) -> GaussianMixture:
     means = means.reshape(num, -1)
     size = means.shape[1]
     axes = None
-    if covariances.shape == (num, size, size) and covariances.ndim > 1 + len(shape):
+    if covariances.shape == (num, size, size) != (num, *shape):
         variances, axes = np.linalg.eigh(covariances)
         if not np.allclose(covariances, np.swapaxes(covariances, 1, 2)) or variances.min() < -1e-9:
             raise UsageError('covariances must be symmetric and positive semi-definite.')

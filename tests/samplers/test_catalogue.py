@@ -60,6 +60,18 @@ def test_no_end_of_any_grid_gives_nan(name, dtype, programs):
                 assert jnp.isfinite(out).all(), (solver, spacing, num)
 
 
+@pytest.mark.parametrize('name', ['zero snr', 'flow'])
+def test_a_history_that_begins_without_signal_counts_for_nothing(name):
+    """No finite difference in log-SNR reaches there: every order is finite, and its second step DDIM's."""
+    times = samplers.time_grid(SCHEDULES[name], 20)
+    ddim = samplers.ddim(SCHEDULES[name], times).coefficients['matrix']
+    for order in (2, 3):
+        for form in ('x0', 'eps'):
+            samplers.unipc(SCHEDULES[name], times, order, form)  # refuses what is not finite
+            matrix = samplers.multistep(SCHEDULES[name], times, order, form).coefficients['matrix']
+            np.testing.assert_allclose(matrix[:2, 0, [0, -1]], ddim[:2, 0], atol=1e-12)
+
+
 @pytest.mark.parametrize('solver', sorted(SOLVERS))
 def test_the_catalogue_is_true(solver):
     entry = DESCRIPTIONS[solver]
