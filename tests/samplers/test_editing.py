@@ -113,6 +113,16 @@ def test_repaint_draws_from_the_posterior_and_plain_masking_does_not_quite(key):
     assert float(out[:, 1].std()) == pytest.approx(std, abs=0.06)
 
 
+def test_going_back_and_forth_keeps_the_exact_marginals_of_a_single_point(key):
+    """As the posterior's variance is exact for it, x_t is N(alpha m, sigma^2) at every call, forth and back."""
+    plan = samplers.repaint(CHAIN, samplers.time_grid(CHAIN, 12), resamples=3, jump=4, variance='small')
+    assert (np.diff(plan.times) > 0).sum() == 2 * 3  # three segments, each begun again twice
+    x = plan.alpha[0] * 0.4 + plan.sigma[0] * jax.random.normal(key, (20_000, 1))
+    xs = samplers.sample_trajectory(oracles.gaussian(0.4, 0.0).denoiser(CHAIN), plan, x, jax.random.key(1)).x
+    np.testing.assert_allclose(xs.mean(axis=(1, 2)), 0.4 * plan.alpha, atol=0.03)
+    np.testing.assert_allclose(xs.std(axis=(1, 2)), plan.sigma, atol=0.02)
+
+
 @pytest.mark.parametrize('solver', ['ddim', 'dpmpp_2m', 'heun', 'dpmpp_2m_sde', 'unipc'])
 def test_masking_keeps_what_is_known_with_every_solver(solver, key):
     known = samplers.Known(jnp.array([[0.8, 0.0]]), jnp.array([True, False]))
