@@ -214,6 +214,16 @@ def test_a_denoiser_with_a_memory_keeps_it_from_call_to_call():
         np.testing.assert_array_equal(clipped.x0[:, 0, 0], np.minimum(np.arange(calls), 1))
 
 
+def test_what_is_known_is_a_fresh_draw_at_every_call(key):
+    plan = samplers.plan('ddim', CHAIN, 6)
+    known = samplers.Known(jnp.full((1, 5000), 0.4), jnp.ones(()))
+    xs = samplers.sample_trajectory(ORACLE, plan, jnp.zeros((1, 5000)), key, known=known).x[:, 0]
+    np.testing.assert_array_equal(xs[-1], jnp.float32(0.4))
+    noise = (xs[:-1] - 0.4 * plan.alpha[:-1, None]) / plan.sigma[:-1, None]
+    np.testing.assert_allclose(np.corrcoef(noise), np.eye(6), atol=0.05)
+    np.testing.assert_allclose(noise.std(axis=1), 1, atol=0.04)
+
+
 def test_noise_to_start_from_has_the_size_that_the_schedule_asks_for(key):
     for schedule, std in ((CHAIN, 1.0), (schedules.edm(), 80.0), (schedules.flow(), 1.0)):
         plan = samplers.plan('dpmpp_2m', schedule, 5)
