@@ -30,7 +30,7 @@ def test_n_steps_are_n_distinct_indices_whatever_divides_t(spacing, steps):
 
 
 def test_published_spacings_of_other_samplers():
-    """FACTS of diffusers' DPM-Solver and Stable Diffusion, and DDIM's quadratic sub-sequence."""
+    """Those of diffusers' DPM-Solver and Stable Diffusion, and DDIM's quadratic sub-sequence."""
     assert indices(10, 'leading_offset') == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
     assert indices(10, 'dpm_leading') == [900, 810, 720, 630, 540, 450, 360, 270, 180, 90]
     assert indices(10, 'dpm_linspace') == np.round(np.linspace(999, 0, 11)).astype(int)[:-1].tolist()
