@@ -100,6 +100,14 @@ def test_an_image_is_varied_by_strength_and_filled_in_by_mask():
     np.testing.assert_array_equal(one, filled)
 
 
+def test_variations_start_from_the_image():
+    """A model that sees no noise in anything gives back what it is given."""
+    pipeline = ImagePipeline(lambda params, x, t: jnp.zeros_like(x), {}, CHAIN, 'eps', (2, 2, 1))
+    image = np.array([[[20], [100]], [[160], [230]]], np.uint8)
+    out = pipeline(200, steps=20, image=image, strength=0.05, clip=False).images
+    np.testing.assert_allclose(out.mean(axis=0), image, atol=6)
+
+
 def test_the_denoiser_of_a_pipeline_goes_with_the_samplers():
     pipeline = make()
     denoiser = pipeline.denoiser(labels=[0, 2, 2], guidance_scale=1.5)

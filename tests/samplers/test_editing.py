@@ -205,6 +205,30 @@ def test_adaptive_steps_reach_the_exact_flow_within_the_tolerance(schedule, orde
     assert calls[0] < calls[1] < 1000
 
 
+@pytest.mark.parametrize('order', [2, 3])
+@pytest.mark.usefixtures('x64')
+def test_one_adaptive_step_is_one_step_of_the_single_step_solver(order):
+    """With a tolerance that nothing exceeds and a first step over the whole range."""
+    denoiser = MIXTURE.denoiser(CHAIN)
+    times = CHAIN.time_of_log_snr(np.linspace(-2.0, 2.0, order + 1))
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    plan = samplers.singlestep(CHAIN, times, order, 'eps', lower_order_final=False)
+    result = samplers.sample_adaptive(
+        denoiser,
+        CHAIN,
+        x,
+        order=order,
+        atol=1e9,
+        t_start=times[0],
+        t_end=times[-1],
+        first_step=10.0,
+        denoise_to_zero=False,
+    )
+    assert result.steps == 1
+    assert result.calls == order
+    np.testing.assert_allclose(result.x, samplers.sample(denoiser, plan, x, jax.random.key(0)), rtol=1e-8)
+
+
 def test_adaptive_steps_in_float32_from_noise_to_data(key):
     x = jax.random.normal(key, (2000, 2))
     result = jax.jit(lambda x: samplers.sample_adaptive(PAIR.denoiser(CHAIN), CHAIN, x))(x)
