@@ -17,10 +17,22 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run: checkpoints, metrics, samples.')
 MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(command_line.MODES)}.')
+PROFILE = flags.DEFINE_bool('profile', False, 'Trace training steps 5 to 14 of this start to WORKDIR/profile.')
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where the environment does not tell.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are, with --coordinator.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one this is, from 0, with --coordinator.')
 
 
 def main(argv: list[str]) -> None:
-    command_line.MODES[MODE.value](CONFIG.value, WORKDIR.value)
+    command_line.start(
+        MODE.value,
+        CONFIG.value,
+        WORKDIR.value,
+        profile=PROFILE.value,
+        coordinator=COORDINATOR.value,
+        num_processes=NUM_PROCESSES.value,
+        process_id=PROCESS_ID.value,
+    )
 
 
 if __name__ == '__main__':

@@ -11,17 +11,19 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion_jax.errors import SamplingDiverged, TrainingDiverged, UsageError
+from diffusion_jax.errors import Interrupted, SamplingDiverged, SavingFailed, TrainingDiverged, UsageError
 from diffusion_jax.registry import lookup, unknown
 
-Mode = Callable[[ConfigDict, str], Any]
+LOGGER = logging.getLogger('diffusion_jax')
+
+Mode = Callable[..., Any]
 
 
 # Each mode imports what it needs when it runs: --help and a mistyped flag answer at once.
-def _train(config: ConfigDict, workdir: str) -> None:
+def _train(config: ConfigDict, workdir: str, profile: bool) -> None:
     from diffusion_jax.training.train import train
 
-    train(config, workdir)
+    train(config, workdir, profile)
 
 
 def _sample(config: ConfigDict, workdir: str) -> None:
@@ -39,17 +41,44 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
 MODES: dict[str, Mode] = {'train': _train, 'sample': _sample, 'evaluate': _evaluate}
 
 
+def start(
+    mode: str,
+    config: ConfigDict,
+    workdir: str,
+    *,
+    profile: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> None:
+    """One mode, in one process or, with what `distributed.initialize` takes, in several."""
+    if profile and mode != 'train':
+        raise UsageError(f'--profile traces training steps: it goes with --mode=train, not {mode}.')
+    from diffusion_jax import distributed
+
+    distributed.initialize(coordinator, num_processes, process_id)
+    if not distributed.is_writer():
+        LOGGER.setLevel(logging.WARNING)  # one voice
+    MODES[mode](config, workdir, **({'profile': profile} if mode == 'train' else {}))
+
+
 def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and calls main; exits 1 with one message for what the caller can mend, 130 when interrupted."""
-    logger = logging.getLogger('diffusion_jax')
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.addHandler(_AboveTheBar())
+    """Parses the flags and calls main.
+
+    Exits 1 with one message for what the caller can mend, and 128 + the signal's number when one asked to stop: 130 for
+    Ctrl-C, 143 for SIGTERM.
+    """
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    LOGGER.addHandler(_AboveTheBar())
     try:
         app.run(main, flags_parser=_parse)
-    except (UsageError, TrainingDiverged, SamplingDiverged) as error:
+    except (UsageError, TrainingDiverged, SamplingDiverged, SavingFailed) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal_number)  # not 0: what started it should not take it for done
     except KeyboardInterrupt:
         print('interrupted: the same command goes on from the newest checkpoint.', file=sys.stderr)
         sys.exit(130)

@@ -15,6 +15,7 @@ from diffusion_jax.errors import UsageError
 from diffusion_jax.models import UNet
 from diffusion_jax.registry import parameters_of
 from diffusion_jax.samplers import SOLVERS
+from diffusion_jax.training.sharding import DEFAULT_RULES
 
 SOLVER_OPTIONS: dict[str, type] = {
     name: next((kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation)), str)
@@ -74,8 +75,13 @@ def default_config() -> ConfigDict:
             'sample_every': 1000,  # a grid of samples
             'checkpoint_every': 1000,
             'keep_checkpoints': 2,  # the newest ones; the one of least held-out loss is kept besides
+            'accumulate': 1,  # the batch goes through in as many parts: less memory, the same batch
+            'steps_per_dispatch': 1,  # compiled steps in one go: for small models, whose steps are short
+            'max_skipped_steps': 0,  # steps of NaN or inf are skipped, up to as many; 0: stop at the first
         }
     )
+    config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})  # devices along each axis; -1: the rest
+    config.sharding_rules = DEFAULT_RULES  # (regex on a parameter's path, rule), see training.sharding
     config.sample = ConfigDict(
         {
             'num': 100,
@@ -119,6 +125,8 @@ FROM_DATA = ('resolution', 'image_channels', 'num_classes')
 
 FREE_TO_CHANGE = ('sample.', 'evaluate.', 'data.dir', 'data.placement', 'train.num_steps', 'train.log_every')
 FREE_TO_CHANGE += ('train.eval_every', 'train.sample_every', 'train.checkpoint_every', 'train.keep_checkpoints')
+FREE_TO_CHANGE += ('train.accumulate', 'train.steps_per_dispatch', 'train.max_skipped_steps')
+FREE_TO_CHANGE += ('mesh.', 'sharding_rules', 'model.remat')
 """Keys that a run may be resumed or sampled with another value of: they do not alter what was trained so far."""
 
 

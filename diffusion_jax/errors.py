@@ -21,3 +21,15 @@ class SamplingDiverged(RuntimeError):
             '(a diverged run?), a guidance_scale that is too large, or an eps-prediction used where there is no signal '
             '(zero terminal SNR: predict v or x0).'
         )
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to end, and it was saved."""
+
+    def __init__(self, step: int, signal_number: int):
+        super().__init__(f'stopped at step {step} and saved it: the same command goes on from there.')
+        self.signal_number = signal_number
+
+
+class SavingFailed(RuntimeError):
+    """A checkpoint could not be written; those from before are whole."""

@@ -56,7 +56,7 @@ def newest_state(workdir: Path):
     experiment = make_experiment(config, info)
     optimizer, _ = make_optimizer(**config.optimizer, num_steps=config.train.num_steps)
     shapes = jax.eval_shape(lambda: init_state(experiment.init, optimizer, config.seed, experiment.loss_history))
-    return Checkpoints(workdir).restore(abstract(shapes, replicated(make_mesh())))
+    return Checkpoints(workdir).restore(abstract(shapes, replicated(make_mesh()))).state
 
 
 def files_below(folder: Path) -> set[str]:

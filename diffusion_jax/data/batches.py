@@ -1,11 +1,12 @@
 """Deterministic batches. Which images make batch number `step` is a pure function of (seed, step)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffusion_jax.data.image_set import ImageSet
@@ -64,9 +65,10 @@ class Batches:
         placement: str = 'auto',
     ):
         lookup('placement', dict.fromkeys(PLACEMENTS), placement)
-        if batch_size < 1 or batch_size % sharded.num_devices:
+        if batch_size < 1 or batch_size % _num_shards(sharded):
             raise UsageError(
-                f'batch_size must be a positive multiple of the {sharded.num_devices} devices, got {batch_size}.'
+                f'batch_size must be a positive multiple of the {_num_shards(sharded)} parts that it is split in, '
+                f'got {batch_size}.'
             )
         self.batch_size = batch_size
         self.seed = seed
@@ -76,13 +78,71 @@ class Batches:
         if image_set.labels is not None:
             self._host['label'] = image_set.labels
         self.on_device = placement == 'device' or (placement == 'auto' and image_set.images.nbytes <= MAX_DEVICE_BYTES)
-        self.arrays: Arrays = jax.device_put(self._host, replicated) if self.on_device else {}
+        self.arrays: Arrays = _place(self._host, replicated) if self.on_device else {}
 
-    def __call__(self, step: int) -> Arrays:
-        """Batch number `step`, for `cut`."""
-        indices = batch_indices(self.seed, step, self.batch_size, self.size)
-        batch = {'index': indices} if self.on_device else {name: array[indices] for name, array in self._host.items()}
-        return jax.device_put(batch, self._sharded)
+    def __call__(self, step: int, count: int | None = None) -> Arrays:
+        """Batch number `step`, for `cut`; with a count, that many from there on, stacked on a new first axis."""
+        indices = np.stack([batch_indices(self.seed, step + i, self.batch_size, self.size) for i in range(count or 1)])
+        indices, sharding = (indices[0], self._sharded) if count is None else (indices, _stacked(self._sharded))
+        if self.on_device:
+            return _place({'index': indices}, sharding)
+
+        def rows(array):
+            shape = (*indices.shape, *array.shape[1:])
+            # Each process reads the rows of its own devices.
+            cut_out = lambda index: array[indices[index[: indices.ndim]]]  # noqa: E731
+            return jax.make_array_from_callback(shape, sharding, cut_out)
+
+        return {name: rows(array) for name, array in self._host.items()}
+
+    def stream(self, start: int, count: int | None = None) -> 'Stream':
+        """Batches start, start + 1, .. without end, or stacks of `count` of them; one is placed ahead."""
+        return Stream(self, start, count)
+
+
+class Stream:
+    """Batches in turn, the next one on its way to the devices while one is used."""
+
+    def __init__(self, batches: Batches, start: int, count: int | None):
+        self._batches = batches
+        self._count = count
+        self._step = start
+        self._ahead: Arrays | None = None
+
+    def _read(self) -> Arrays:
+        batch = self._batches(self._step, self._count)
+        self._step += self._count or 1
+        return batch
+
+    def __next__(self) -> Arrays:
+        batch = self._ahead if self._ahead is not None else self._read()
+        self._ahead = self._read()
+        return batch
+
+    def __iter__(self) -> 'Stream':
+        return self
+
+    def close(self) -> None:
+        """Lets go of what was read ahead."""
+        self._ahead = None
+
+
+def _num_shards(sharding: NamedSharding) -> int:
+    axes = sharding.spec[0] if len(sharding.spec) else None
+    axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    return math.prod(sharding.mesh.shape[axis] for axis in axes)
+
+
+def _stacked(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def _place(arrays: dict[str, np.ndarray], sharding: NamedSharding) -> Arrays:
+    """Host arrays, the same in every process, as global arrays."""
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
+        for name, array in arrays.items()
+    }
 
 
 def cut(arrays: Arrays, batch: Arrays) -> Arrays:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffusion_jax.models.partition import split_heads
+
 # Variance scaling with uniform fan-average, as in DDPM's code; zeros where a residual branch must start as nothing.
 DEFAULT_INIT = nnx.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 ZERO_INIT = nnx.initializers.zeros_init()
@@ -136,7 +138,7 @@ class SelfAttention(nnx.Module):
         h = self.norm(x).astype(self.dtype).reshape(batch, height * width, features)
 
         def heads(projection):
-            return projection(h).reshape(batch, height * width, self.num_heads, -1)
+            return split_heads(projection(h).reshape(batch, height * width, self.num_heads, -1))
 
         h = jax.nn.dot_product_attention(heads(self.query), heads(self.key), heads(self.value))
         return x + self.out(h.reshape(batch, height * width, features)).reshape(x.shape)

@@ -1,6 +1,7 @@
 """The denoising U-Net of DDPM (Ho et al. 2020), with the options of improved DDPM and ADM."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,24 @@ from diffusion_jax.models.layers import (
     dense,
     sinusoidal_embedding,
 )
+from diffusion_jax.models.partition import split_batch
 from diffusion_jax.registry import lookup
 
 TIME_CONDITIONINGS = ('additive', 'scale_shift')
 RESAMPLINGS = ('conv', 'resblock')
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def _is_conv(primitive, *_, **__) -> bool:
+    return primitive.name in ('conv_general_dilated', 'dot_general')
+
+
+REMATS: dict[str, Callable[[Callable], Callable]] = {
+    'none': lambda function: function,
+    'convs': functools.partial(jax.checkpoint, policy=_is_conv),
+    'blocks': jax.checkpoint,
+}
+"""Name -> function -> the same function, that recomputes more or less of itself for its gradient."""
 
 
 class Block(nnx.Module):
@@ -66,6 +80,8 @@ class UNet(nnx.Module):
         `denoisers.ModelDenoiser` reads it (Nichol & Dhariwal 2021, section 3.1).
       num_classes: 0 for an unconditional model; else labels 0 .. num_classes - 1, and num_classes is the learned null.
       dtype: compute dtype, 'float32' or 'bfloat16'; norms, softmax and the output are float32 either way.
+      remat: what training keeps of each block for its gradient, less memory for more time: 'none' keeps all, 'convs'
+        what convolutions and matrix products give, 'blocks' the blocks' inputs alone. The results are the same.
     """
 
     def __init__(
@@ -87,8 +103,10 @@ class UNet(nnx.Module):
         learned_variance: bool = False,
         num_classes: int = 0,
         dtype: str = 'float32',
+        remat: str = 'none',
         rngs: nnx.Rngs,
     ):
+        lookup('remat', REMATS, remat)
         check_unet(
             resolution=resolution,
             channels=channels,
@@ -106,6 +124,7 @@ class UNet(nnx.Module):
         self.channels = channels
         self.num_classes = num_classes
         self.dtype = DTYPES[dtype]
+        self.remat = remat
         embedding_features = 4 * channels
         attention_at = set(attention_resolutions)
         make = {'num_groups': num_groups, 'dtype': self.dtype, 'rngs': rngs}
@@ -208,16 +227,19 @@ class UNet(nnx.Module):
         def run(module, x):
             nonlocal num_blocks
             if isinstance(module, Downsample | Upsample):
-                return module(x)
+                return split_batch(module(x))
             num_blocks += 1
-            return module(x, embedding, None if dropout_key is None else jax.random.fold_in(dropout_key, num_blocks))
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, num_blocks)
+            # The module is closed over, not passed: jax.checkpoint differentiates with respect to that as well.
+            return split_batch(REMATS[self.remat](lambda x, embedding: module(x, embedding, key))(x, embedding))
 
-        embedding = sinusoidal_embedding(t, self.channels).astype(self.dtype)
+        embedding = split_batch(sinusoidal_embedding(t, self.channels).astype(self.dtype))
         embedding = self.time_out(jax.nn.silu(self.time_in(embedding)))
         if label is not None:
             embedding = embedding + self.label(label)
+        embedding = split_batch(embedding)
 
-        h = self.conv_in(x.astype(self.dtype))
+        h = split_batch(self.conv_in(x.astype(self.dtype)))
         skips = [h]
         for level in self.down:
             for block in level.blocks:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 from tqdm import tqdm
 
 from diffusion_jax import guidance, samplers
@@ -18,7 +18,7 @@ from diffusion_jax.denoisers import Apply, Denoiser, ModelDenoiser
 from diffusion_jax.errors import SamplingDiverged, UsageError
 from diffusion_jax.images import to_float, to_uint8
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.training.sharding import make_mesh, replicated, sharded_batch
+from diffusion_jax.training.sharding import fetch, make_mesh, num_batch_shards, on_mesh, put, replicated, sharded_batch
 
 
 class Samples(NamedTuple):
@@ -79,11 +79,12 @@ def _denoiser(model: _Model, params: Any, labels: Int[Array, 'B'] | None, guided
     return guidance.classifier_free(denoiser, null, guided.scale, interval=guided.interval, rescale=guided.rescale)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'clip', 'on_step'))
+@functools.partial(jax.jit, static_argnames=('model', 'clip', 'on_step', 'mesh'))
 def _sample(
     params: Any,
     plan: samplers.Plan,
-    keys: PRNGKeyArray,
+    seed: UInt32[Array, '2'],
+    indices: Int[Array, 'B'],
     labels: Int[Array, 'B'] | None,
     guided: _Guidance | None,
     start: Float[Array, 'B H W C'] | None,
@@ -92,15 +93,24 @@ def _sample(
     model: _Model,
     clip: bool,
     on_step: Callable | None,
+    mesh: Mesh,
 ) -> tuple[UInt8[Array, 'B H W C'], Bool[Array, 'B']]:
-    """(images, whether each is finite). `start` is an image to begin from, with noise to where the plan begins."""
+    """(images, whether each is finite). `start` is an image to begin from, with noise to where the plan begins.
+
+    The seed is a key's data: a host array, the same in every process.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(seed), indices)
     keys_init, keys_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     if start is None:
         x = samplers.prior(plan, keys_init, (len(keys), *model.image_shape))
     else:
         x = samplers.noised(plan, start, keys_init)
-    denoiser = _denoiser(model, params, labels, guided)
-    x = samplers.sample(denoiser, plan, x, keys_steps, clip=clip, known=known, on_step=on_step)
+
+    def draw(x):
+        denoiser = _denoiser(model, params, labels, guided)
+        return samplers.sample(denoiser, plan, x, keys_steps, clip=clip, known=known, on_step=on_step)
+
+    x = on_mesh(mesh, draw)(x)
     return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
 
 
@@ -130,12 +140,17 @@ class ImagePipeline:
     ):
         self.class_names = tuple(class_names)
         self.mesh = mesh or make_mesh()
-        self.params = jax.device_put(params, replicated(self.mesh))
+        self.params = jax.tree.map(self._placed, params)
         self._model = _Model(apply, schedule, prediction, tuple(image_shape), len(self.class_names), learned_variance)
 
     @property
     def num_classes(self) -> int:
         return self._model.num_classes
+
+    def _placed(self, leaf: Array) -> Array:
+        """On the mesh: a parameter that is there already, whole or in parts, stays as it is."""
+        on_it = isinstance(leaf, jax.Array) and getattr(leaf.sharding, 'mesh', None) == self.mesh
+        return leaf if on_it else put(leaf, replicated(self.mesh))
 
     def __call__(
         self,
@@ -173,7 +188,7 @@ class ImagePipeline:
           strength: in (0, 1]: how much of `image` is given up to noise; 0.3 changes details, 1 all.
           mask: [H, W] or [num, H, W], 1 (or True) where `image` is kept and 0 where it is filled in.
           seed: of the initial noise and of the solver's.
-          batch_size: images at a time, over all devices; rounded up to a multiple of their number.
+          batch_size: images at a time, over all devices and processes; rounded up to a multiple of the batch's shards.
           clip: clip the predicted x0 to [-1, 1] at every step.
           progress: show a bar.
 
@@ -181,44 +196,85 @@ class ImagePipeline:
           UsageError: for settings that do not fit one another or the model.
           SamplingDiverged: the network gave NaN or inf.
         """
+        settings = {name: value for name, value in locals().items() if name not in ('self', 'num', 'solver_options')}
+        batches = list(self.batches(num, **settings, **solver_options))
+        labels = None if batches[0].labels is None else np.concatenate([batch.labels for batch in batches])
+        return Samples(np.concatenate([batch.images for batch in batches]), labels)
+
+    def batches(
+        self,
+        num: int,
+        *,
+        first: int = 0,
+        labels: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        solver: str = 'ddim',
+        steps: int = 50,
+        spacing: str = 'trailing',
+        final: str = 'zero',
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        image: np.ndarray | None = None,
+        strength: float = 1.0,
+        mask: np.ndarray | None = None,
+        seed: int = 0,
+        batch_size: int = 100,
+        clip: bool = True,
+        progress: bool = False,
+        **solver_options: Any,
+    ) -> Iterator[Samples]:
+        """As a call, batch by batch: for more samples than fit in memory, or to go on after the `first` ones.
+
+        Args:
+          first: the samples before this one are left out; sample i is the same whatever `first` is.
+
+        In every process of several it yields the same samples: all of them.
+        """
         plan = self.plan(solver, steps, spacing, final=final, strength=strength, **solver_options)
         wanted = self.check(num, labels, guidance_scale, batch_size)
+        if not 0 <= first < num:
+            raise UsageError(f'first must be in 0..{num - 1}, got {first}.')
         self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
         image, mask = self._check_image(num, image, strength, mask)
-        devices = self.mesh.size
-        batch_size = -(-min(batch_size, num) // devices) * devices
-        batches = -(-num // batch_size)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batches * batch_size))
+        shards = num_batch_shards(self.mesh)
+        batch_size = -(-min(batch_size, num - first) // shards) * shards
+        starts = range(first, num, batch_size)
+        plan, guided = jax.tree.map(np.asarray, (plan, guided))  # host arrays: the same in every process
+        key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
         sharding = sharded_batch(self.mesh)
-        images = []
-        bad = 0
-        calls = batches * plan.num_calls
-        _PROGRESS.bar = tqdm(total=calls, desc='sampling', unit='step', leave=None) if progress else None
-        for start in range(0, batches * batch_size, batch_size):
-            part = slice(start, start + batch_size)
-            placed = functools.partial(_place, part=part, num=len(keys), sharding=sharding)
-            start_image = placed(image)
-            batch, finite = _sample(
-                self.params,
-                plan,
-                placed(keys),
-                placed(wanted),
-                guided,
-                start_image if strength < 1 else None,
-                None if mask is None else samplers.Known(start_image, placed(mask)),
-                model=self._model,
-                clip=clip,
-                on_step=_PROGRESS if progress else None,
-            )
-            images.append(np.asarray(batch))
-            bad += int((~np.asarray(finite))[: num - start].sum())
-        if progress:
-            jax.effects_barrier()
-            _PROGRESS.bar.close()
-        if bad:
-            raise SamplingDiverged(bad, num)
-        return Samples(np.concatenate(images)[:num], wanted)
+        show = progress and jax.process_index() == 0
+        bar = tqdm(total=len(starts) * plan.num_calls, desc='sampling', unit='step', leave=None) if show else None
+        try:
+            for start in starts:
+                rows = np.arange(start, start + batch_size)
+                placed = functools.partial(_place, rows=rows, sharding=sharding)
+                start_image = placed(image)
+                _PROGRESS.bar = bar
+                batch, finite = _sample(
+                    self.params,
+                    plan,
+                    key_data,
+                    put(rows.astype(np.int32), sharding),
+                    placed(wanted),
+                    guided,
+                    start_image if strength < 1 else None,
+                    None if mask is None else samplers.Known(start_image, placed(mask)),
+                    model=self._model,
+                    clip=clip,
+                    on_step=_PROGRESS if show else None,
+                    mesh=self.mesh,
+                )
+                count = min(batch_size, num - start)
+                images, finite = fetch(batch)[:count], fetch(finite)[:count]
+                if show:
+                    jax.effects_barrier()
+                if not finite.all():
+                    raise SamplingDiverged(int((~finite).sum()), count)
+                yield Samples(images, None if wanted is None else wanted[start : start + count])
+        finally:
+            if bar is not None:
+                bar.close()
 
     @property
     def schedule(self) -> Schedule:
@@ -294,13 +350,9 @@ class ImagePipeline:
         return np.resize(np.asarray(labels, np.int32), num)
 
 
-def _place(array, *, part: slice, num: int, sharding) -> Any:
-    """A part of an array of samples on the devices; the last samples are repeated if there are fewer than `num`."""
-    if array is None:
-        return None
-    if len(array) < num:
-        array = array[np.arange(num) % len(array)]
-    return jax.device_put(array[part], sharding)
+def _place(array, *, rows: Int[np.ndarray, 'B'], sharding) -> Any:
+    """These rows of an array of samples on the devices, from the start again where it ends."""
+    return None if array is None else put(array[rows % len(array)], sharding)
 
 
 def parse_labels(text: str) -> list[int] | None:

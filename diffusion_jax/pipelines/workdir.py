@@ -1,22 +1,32 @@
 """Sampling from what a run left in its workdir."""
 
+import hashlib
+import json
 import logging
+import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diffusion_jax.compilation import use_cache
 from diffusion_jax.config import solver_options
+from diffusion_jax.distributed import is_writer
 from diffusion_jax.errors import UsageError
 from diffusion_jax.experiment import Experiment, check_same_run, make_experiment, read_record
 from diffusion_jax.images import grid, save_png
 from diffusion_jax.pipelines.images import ImagePipeline, Samples, parse_labels, save_npz
-from diffusion_jax.training.checkpoints import Checkpoints, abstract
-from diffusion_jax.training.sharding import make_mesh, replicated
+from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.sharding import make_mesh, param_shardings, with_shardings
 
 LOGGER = logging.getLogger(__name__)
+
+SHOWN = 400  # samples, in a picture; all are in the .npz
 
 
 def pipeline_of(experiment: Experiment, params: Any, mesh: Mesh | None = None) -> ImagePipeline:
@@ -33,42 +43,105 @@ def pipeline_of(experiment: Experiment, params: Any, mesh: Mesh | None = None) -
     )
 
 
-def load_pipeline(workdir: str | Path, checkpoint: str = 'newest', ema: bool = True) -> tuple[ImagePipeline, int]:
-    """(pipeline, step) of the 'newest' or 'best' checkpoint in a workdir; its data need not be at hand.
+def load_pipeline(
+    workdir: str | Path, checkpoint: str = 'newest', ema: bool = True, mesh: Mesh | None = None
+) -> tuple[ImagePipeline, int]:
+    """(pipeline, step) of the 'newest' or 'best' undamaged checkpoint in a workdir; its data need not be at hand.
+
+    Args:
+      mesh: the devices to sample on, all of them by default; the run's sharding rules place the parameters on it.
 
     Raises:
-      UsageError: there is no run or no checkpoint there, or it cannot be read.
+      UsageError: there is no run or no checkpoint there, or none that is undamaged.
     """
     record = read_record(workdir)
     if record is None:
         raise UsageError(f'no run in {workdir}. Train first: the same command with --mode=train.')
-    experiment = make_experiment(ConfigDict(record[0]), record[1])
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.choose(checkpoint)
-    mesh = make_mesh()
+    config = ConfigDict(record[0])
+    experiment = make_experiment(config, record[1])
+    mesh = mesh or make_mesh()
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))
-    params = checkpoints.restore_params(abstract(shapes, replicated(mesh)), step, ema)
+    shapes = with_shardings(shapes, param_shardings(shapes, config.sharding_rules, mesh))
+    params, step = Checkpoints(workdir).restore_params(shapes, checkpoint, ema)
     return pipeline_of(experiment, params, mesh), step
+
+
+def _settings(section: ConfigDict) -> dict[str, Any]:
+    """What a config's `sample` section says to a pipeline."""
+    return {
+        'labels': parse_labels(section.labels),
+        'guidance_scale': section.guidance_scale,
+        'solver': section.solver,
+        'steps': section.steps,
+        'spacing': section.spacing,
+        'final': section.final,
+        'guidance_rescale': section.guidance_rescale,
+        'guidance_interval': section.guidance_interval,
+        'seed': section.seed,
+        'batch_size': section.batch_size,
+        'clip': section.clip,
+        'progress': True,
+        **solver_options(section),
+    }
 
 
 def sample_as_configured(pipeline: ImagePipeline, section: ConfigDict, num: int | None = None) -> Samples:
     """Draws `num` images (`section.num` by default) as a config's `sample` section says, with a progress bar."""
-    return pipeline(
-        num or section.num,
-        labels=parse_labels(section.labels),
-        guidance_scale=section.guidance_scale,
-        solver=section.solver,
-        steps=section.steps,
-        spacing=section.spacing,
-        final=section.final,
-        guidance_rescale=section.guidance_rescale,
-        guidance_interval=section.guidance_interval,
-        seed=section.seed,
-        batch_size=section.batch_size,
-        clip=section.clip,
-        progress=True,
-        **solver_options(section),
-    )
+    return pipeline(num or section.num, **_settings(section))
+
+
+def sample_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, parts: Path) -> Samples:
+    """As `sample_as_configured`, each batch kept in the folder `parts`: killed and called again, it goes on.
+
+    The folder is for the caller to remove, once what it wants of the samples is safe. It is not made for a single batch.
+    """
+    if num <= section.batch_size and not parts.exists():
+        return sample_as_configured(pipeline, section, num)
+    done = _read_parts(parts)
+    first = _of_process_0(sum(len(batch.images) for batch in done))
+    if first:
+        LOGGER.info('going on after the %d samples that are in %s', first, parts)
+    if first < num:
+        for batch in pipeline.batches(num, first=first, **_settings(section)):
+            if is_writer():
+                save_part(parts, first, batch)
+            done.append(batch)
+            first += len(batch.images)
+    labels = None if done[0].labels is None else np.concatenate([batch.labels for batch in done])[:num]
+    return Samples(np.concatenate([batch.images for batch in done])[:num], labels)
+
+
+def save_part(parts: Path, first: int, batch: Samples) -> None:
+    """Writes a batch that begins with sample `first`, complete or not at all."""
+    parts.mkdir(parents=True, exist_ok=True)
+    path = parts / f'{first:08}.npz'
+    unfinished = path.with_suffix('.part.npz')
+    save_npz(unfinished, batch)
+    unfinished.replace(path)
+
+
+def _read_parts(parts: Path) -> list[Samples]:
+    """The batches in a folder from sample 0 on, up to the first that is missing or cannot be read."""
+    batches, first = [], 0
+    while (path := parts / f'{first:08}.npz').exists():
+        try:
+            with np.load(path) as arrays:
+                batch = Samples(arrays['images'], arrays.get('labels'))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError):
+            LOGGER.warning('%s cannot be read: these samples are drawn again.', path)
+            break
+        batches.append(batch)
+        first += len(batch.images)
+    return batches
+
+
+def _of_process_0(number: int) -> int:
+    """The same number in every process."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def check_sampling(pipeline: ImagePipeline, section: ConfigDict) -> None:
@@ -79,9 +152,15 @@ def check_sampling(pipeline: ImagePipeline, section: ConfigDict) -> None:
 
 
 def picture_of(samples: Samples, num_classes: int) -> Any:
-    """The samples as one picture: a column a class where they go through the classes in turn."""
+    """The first samples as one picture: a column a class where they go through the classes in turn."""
     in_turn = num_classes and len(set(samples.labels[:num_classes])) == num_classes <= 20
-    return grid(samples.images, columns=num_classes if in_turn else None)
+    return grid(samples.images[:SHOWN], columns=num_classes if in_turn else None)
+
+
+def fingerprint(section: ConfigDict) -> str:
+    """A short name for all that decides what sample i looks like (its batch and how many there are do not)."""
+    settings = {key: value for key, value in section.items() if key not in ('num', 'batch_size', 'checkpoint')}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _file_name(section: ConfigDict, step: int) -> str:
@@ -113,12 +192,16 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
     """`--mode=sample`: writes a PNG grid, and images and labels as `.npz`, to `workdir/samples`; returns the PNG."""
     check_same_run(config, workdir)
     section = config.sample
-    pipeline, step = load_pipeline(workdir, section.checkpoint, section.ema)
+    pipeline, step = load_pipeline(workdir, section.checkpoint, section.ema, make_mesh(config.mesh))
     check_sampling(pipeline, section)
-    samples = sample_as_configured(pipeline, section)
-    settings = {name: value for name, value in section.items() if name != 'labels' and value is not None}
+    use_cache(workdir)
     path = Path(workdir) / 'samples' / f'{_file_name(section, step)}.png'
-    save_png(path, picture_of(samples, pipeline.num_classes))
-    save_npz(path.with_suffix('.npz'), samples, step=step, **settings)
+    parts = path.with_suffix('.parts')
+    samples = sample_in_parts(pipeline, section, section.num, parts)
+    if is_writer():
+        settings = {name: value for name, value in section.items() if name != 'labels' and value is not None}
+        save_png(path, picture_of(samples, pipeline.num_classes))
+        save_npz(path.with_suffix('.npz'), samples, step=step, **settings)
+        shutil.rmtree(parts, ignore_errors=True)
     LOGGER.info('%d images of step %d: %s and .npz', section.num, step, path)
     return path

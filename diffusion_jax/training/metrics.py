@@ -12,14 +12,24 @@ from diffusion_jax.errors import TrainingDiverged
 
 
 class RunningMetrics:
-    """Metrics of the steps since the last report. They stay on the device: the host must not wait for every step."""
+    """Metrics of the steps since the last report. They stay on the device: the host must not wait for every step.
 
-    def __init__(self):
+    Args:
+      max_skipped: how many steps may have been skipped (metric 'skipped') before the run has diverged.
+      skipped: how many were, before this start.
+    """
+
+    def __init__(self, max_skipped: int = 0, skipped: int = 0):
+        self.skipped = skipped
+        self._max_skipped = max_skipped
         self._on_device: list[tuple[int, dict[str, jax.Array]]] = []
         self._on_host: list[dict[str, float]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes a step's metrics, and waits for those of the step before: one step ahead is enough to keep busy."""
+        """Takes the metrics of a dispatch, each of one step or of the [K] steps up to `step`.
+
+        Waits for those of the dispatch before: one ahead is enough to keep the devices busy.
+        """
         if self._on_device:
             jax.block_until_ready(self._on_device[-1][1])
         self._on_device.append((step, metrics))
@@ -28,21 +38,34 @@ class RunningMetrics:
         """Waits for the steps so far.
 
         Raises:
-          TrainingDiverged: a metric of one of them is NaN or infinite.
+          TrainingDiverged: a metric of one of them is NaN or infinite, or one too many was skipped for that.
         """
-        rows, self._on_device = jax.device_get(self._on_device), []
-        for step, row in rows:
-            if not all(math.isfinite(value) for value in row.values()):
-                raise TrainingDiverged(
-                    f'step {step}: ' + ', '.join(f'{name} {value:.4g}' for name, value in row.items())
-                )
+        dispatches, self._on_device = jax.device_get(self._on_device), []
+        for last, metrics in dispatches:
+            columns = {name: np.atleast_1d(values) for name, values in metrics.items()}
+            count = len(next(iter(columns.values())))
+            for i in range(count):
+                self._take(last - count + 1 + i, {name: float(values[i]) for name, values in columns.items()})
+
+    def _take(self, step: int, row: dict[str, float]) -> None:
+        was_skipped = row.pop('skipped', 0.0) > 0
+        if was_skipped:
+            self.skipped += 1
+        elif all(math.isfinite(value) for value in row.values()):
             self._on_host.append(row)
+            return
+        if not was_skipped or self.skipped > self._max_skipped:
+            after = f' (after {self._max_skipped} skipped steps)' if was_skipped else ''
+            raise TrainingDiverged(
+                f'step {step}: ' + ', '.join(f'{name} {value:.4g}' for name, value in row.items()) + after
+            )
 
     def report(self) -> dict[str, float]:
-        """The mean of each metric over the steps since the last report, all of them checked."""
+        """The mean of each metric over the steps since the last report that were not skipped, all of them checked."""
         self.check()
         rows, self._on_host = self._on_host, []
-        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        means = {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
+        return means | ({'skipped_steps': float(self.skipped)} if self._max_skipped else {})
 
 
 class MetricsWriter:
@@ -76,6 +99,19 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+class SilentWriter:
+    """What the other processes have for a `MetricsWriter`."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

@@ -7,10 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffusion_jax.data.batches import Arrays, cut, prepare
 from diffusion_jax.losses import Loss, LossHistory, draw_indices, drop_condition, update_history
+from diffusion_jax.models.partition import split_batch
+from diffusion_jax.training.sharding import optimizer_shardings, param_shardings, replicated
+
+Metrics = dict[str, Float[jax.Array, '...']]
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +53,20 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_steps, loss_history)
 
 
+def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, rules: Any, mesh: Mesh) -> TrainState:
+    """Where each part of a state (concrete or abstract) lives, by `sharding.param_shardings`' rules."""
+    whole = replicated(mesh)
+    params = param_shardings(state.params, rules, mesh)
+    return TrainState(
+        step=whole,
+        params=params,
+        ema=params,
+        opt_state=optimizer_shardings(optimizer, state.opt_state, params, whole),
+        key=whole,
+        loss_history=jax.tree.map(lambda _: whole, state.loss_history),
+    )
+
+
 def ema_decay_at(step: Int[jax.Array, ''], decay: float) -> Float[jax.Array, '']:
     """min(decay, (1 + step) / (10 + step)): a young average forgets its random start quickly."""
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
@@ -61,7 +80,10 @@ def make_train_step(
     flip: bool,
     null_label: int,
     label_dropout: float,
-) -> Callable[[TrainState, Arrays, Arrays], tuple[TrainState, dict[str, Float[jax.Array, '']]]]:
+    accumulate: int = 1,
+    skip_nonfinite: bool = False,
+    param_shardings: Any = None,
+) -> Callable[[TrainState, Arrays, Arrays], tuple[TrainState, Metrics]]:
     """step(state, arrays, batch) -> (state, metrics), pure: see `data.batches` for arrays and batch.
 
     With a `loss_history` in the state, the times come from it: the loss is called with them as `t`, its values are
@@ -70,26 +92,55 @@ def make_train_step(
     Args:
       null_label: the label that stands for none: the number of classes, or 0 for an unconditional model.
       label_dropout: how often it replaces the label.
+      accumulate: the batch goes through the network in as many parts, one after the other, and their gradients' mean is
+        what the optimiser sees: less memory for the same batch. Divides the batch.
+      skip_nonfinite: where the loss or the gradient is not finite, nothing but the step's number changes, and the
+        metric 'skipped' is 1, else 0.
+      param_shardings: of the parameters, for the gradients to be split alike as soon as they are there.
     """
+
+    def placed(grads):
+        return grads if param_shardings is None else jax.lax.with_sharding_constraint(grads, param_shardings)
+
+    def loss_and_gradient(params, x0, weights, key_loss, key_dropout, conditioning):
+        """(mean loss, loss of each image, gradient) of one part of the batch."""
+
+        def weighted_mean(params):
+            values = loss(params, x0, key_loss, dropout_key=key_dropout, **conditioning)
+            return (weights * values).mean(), values
+
+        (mean_loss, values), grads = jax.value_and_grad(weighted_mean, has_aux=True)(params)
+        return mean_loss, values, placed(grads)
+
+    def accumulated(params, x0, weights, key_loss, key_dropout, conditioning):
+        parts = jax.tree.map(lambda leaf: _interleaved_parts(leaf, accumulate), (x0, weights, conditioning))
+
+        def add(total, row):
+            index, (x0, weights, conditioning) = row
+            keys = (jax.random.fold_in(key, index) for key in (key_loss, key_dropout))
+            mean_loss, values, grads = loss_and_gradient(params, x0, weights, *keys, conditioning)
+            return jax.tree.map(jnp.add, total, (mean_loss, grads)), values
+
+        zero = (jnp.zeros(()), placed(jax.tree.map(jnp.zeros_like, params)))
+        total, values = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
+        mean_loss, grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        return mean_loss, values.T.reshape(-1), grads
 
     def step(state: TrainState, arrays: Arrays, batch: Arrays):
         key_flip, key_label, key_dropout, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         batch = cut(arrays, batch)
-        x0 = prepare(batch['image'], key_flip, flip)
-        conditioning = {'dropout_key': key_dropout}
+        x0 = split_batch(prepare(batch['image'], key_flip, flip))
+        conditioning = {}
         if null_label:
             conditioning['label'] = drop_condition(key_label, batch['label'], null_label, label_dropout)
 
-        history, weights = state.loss_history, 1.0
+        history, weights = state.loss_history, jnp.ones(len(x0))
         if history is not None:
             key_loss, key_time = jax.random.split(key_loss)
             indices, conditioning['t'], weights = draw_indices(history, key_time, len(x0))
 
-        def weighted_mean(params):
-            values = loss(params, x0, key_loss, **conditioning)
-            return (weights * values).mean(), values
-
-        (mean_loss, values), grads = jax.value_and_grad(weighted_mean, has_aux=True)(state.params)
+        gradient_of = loss_and_gradient if accumulate == 1 else accumulated
+        mean_loss, values, grads = gradient_of(state.params, x0, weights, key_loss, key_dropout, conditioning)
         if history is not None:
             history = update_history(history, indices, values)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -97,17 +148,41 @@ def make_train_step(
         decay = ema_decay_at(state.step, ema_decay)
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
         metrics = {'loss': mean_loss, 'grad_norm': optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, ema, opt_state, state.key, history), metrics
+        new = TrainState(state.step + 1, params, ema, opt_state, state.key, history)
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
+            old = dataclasses.replace(state, step=new.step)
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+            metrics['skipped'] = 1.0 - finite
+        return new, metrics
 
     return step
+
+
+def _interleaved_parts(array: Float[Array, 'B ...'], parts: int) -> Float[Array, 'parts b ...']:
+    """Part m has rows m, m + parts, ...: so each part has rows of every device's share of the batch."""
+    return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+
+
+def scanned(step: Callable[..., Any]) -> Callable[[TrainState, Arrays, Arrays], tuple[TrainState, Metrics]]:
+    """Many steps in one dispatch: the batch has a leading axis of steps, and so have the metrics."""
+
+    def steps(state: TrainState, arrays: Arrays, batches: Arrays):
+        return jax.lax.scan(lambda state, batch: step(state, arrays, batch), state, batches)
+
+    return steps
 
 
 def make_held_out_loss(
     loss: Loss, *, null_label: int
 ) -> Callable[[Any, Arrays, Arrays, PRNGKeyArray], Float[jax.Array, '']]:
-    """held_out_loss(params, arrays, batch, key): the loss without dropout, flips or dropped labels."""
+    """held_out_loss(params, arrays, batch, key_data): the loss without dropout, flips or dropped labels.
 
-    def held_out_loss(params, arrays, batch, key):
+    The key comes as its data, uint32, which may be a host array: the same in every process.
+    """
+
+    def held_out_loss(params, arrays, batch, key_data):
+        key = jax.random.wrap_key_data(key_data)
         batch = cut(arrays, batch)
         x0 = prepare(batch['image'], key, flip=False)
         return loss(params, x0, key, **({'label': batch['label']} if null_label else {})).mean()

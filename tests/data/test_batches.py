@@ -69,7 +69,7 @@ def test_prepared_images_are_floats_and_half_of_them_mirrored(key):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'batch_size': 12}, 'multiple of the 8 devices, got 12'),
+        ({'batch_size': 12}, 'multiple of the 8 parts that it is split in, got 12'),
         ({'batch_size': 0}, 'positive multiple'),
         ({'placement': 'disk'}, 'auto, device, host'),
     ],

@@ -25,7 +25,7 @@ PARAMS = {'step': jnp.float32(0.5)}
 
 
 def make(class_names=NAMES, devices=8):
-    return ImagePipeline(apply, PARAMS, CHAIN, 'v', (2, 2, 1), class_names, make_mesh(jax.devices()[:devices]))
+    return ImagePipeline(apply, PARAMS, CHAIN, 'v', (2, 2, 1), class_names, make_mesh(devices=jax.devices()[:devices]))
 
 
 def test_images_show_their_labels_and_guidance_exaggerates_them():

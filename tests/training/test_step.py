@@ -137,7 +137,7 @@ def tiny():
 
 def train_on(tiny, devices, steps=3):
     config, splits, experiment, optimizer = tiny
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(devices=jax.devices()[:devices])
     whole, split = replicated(mesh), sharded_batch(mesh)
     batches = Batches(splits.train, 16, config.seed, replicated=whole, sharded=split)
     state = jax.jit(lambda: init_state(experiment.init, optimizer, config.seed), out_shardings=whole)()
@@ -183,8 +183,9 @@ def test_the_held_out_loss_is_a_function_of_its_key(tiny, key):
     params = jax.jit(experiment.init)(key)
     loss = jax.jit(make_held_out_loss(experiment.loss, null_label=10))
     batch = {'image': splits.test.images[:16], 'label': splits.test.labels[:16]}
-    assert loss(params, {}, batch, key) == loss(params, {}, batch, key)
-    assert loss(params, {}, batch, key) != loss(params, {}, batch, jax.random.key(7))
+    ours, others = (jax.random.key_data(key) for key in (key, jax.random.key(7)))
+    assert loss(params, {}, batch, ours) == loss(params, {}, batch, ours)
+    assert loss(params, {}, batch, ours) != loss(params, {}, batch, others)
 
 
 @pytest.mark.parametrize(
