@@ -93,7 +93,7 @@ def sample_as_configured(pipeline: ImagePipeline, section: ConfigDict, num: int 
 def sample_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, parts: Path) -> Samples:
     """As `sample_as_configured`, each batch kept in the folder `parts`: killed and called again, it goes on.
 
-    The folder is for the caller to remove, once what it wants of the samples is safe. It is not made for a single batch.
+    The folder is for the caller to remove, once the samples are safe elsewhere. It is not made for a single batch.
     """
     if num <= section.batch_size and not parts.exists():
         return sample_as_configured(pipeline, section, num)
