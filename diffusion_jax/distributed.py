@@ -58,6 +58,9 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         )
     if given[1] is not None and not 0 <= given[2] < given[1]:
         raise UsageError(f'process_id must be in 0..{given[1] - 1} (num_processes={given[1]}), got {given[2]}.')
+    # On CPUs programs in flight together may start their collectives in another order in each process, and then all of
+    # them wait for ever.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
     try:
         jax.distributed.initialize(*given)
     except (RuntimeError, ValueError) as error:

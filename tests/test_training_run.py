@@ -195,3 +195,104 @@ def test_an_unconditional_run_on_unlabelled_images(tmp_path):
     )
     train(config, tmp_path / 'run')
     assert load_pipeline(tmp_path / 'run')[0](2, steps=2).images.shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_next_start_goes_on(number, tmp_path):
+    long = [*LONG, '--config.train.checkpoint_every=1000']
+    process = start(f'--workdir={tmp_path / "stopped"}', *long, '--config.train.num_steps=4000')
+    while len(read_metrics(tmp_path / 'stopped')) < 7 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, output
+    assert 'Traceback' not in output
+    step = int(newest_state(tmp_path / 'stopped').step)
+    assert f'stopped at step {step} and saved it: the same command goes on from there' in output
+    assert 7 <= step < 1000
+    end = step + 5
+    for folder in ('stopped', 'unbroken'):
+        status, output = run(f'--workdir={tmp_path / folder}', *long, f'--config.train.num_steps={end}')
+        assert status == 0, output
+    assert_same_bits(newest_state(tmp_path / 'stopped'), newest_state(tmp_path / 'unbroken'))
+
+
+def test_steps_of_nan_are_skipped_up_to_the_limit(tmp_path):
+    """At this learning rate every step after the first is not finite."""
+    config = load_config(
+        optimizer__learning_rate=1e30,
+        optimizer__warmup_steps=0,
+        train__log_every=1,
+        train__sample_every=100,
+        train__max_skipped_steps=5,
+        evaluate__after_training=False,
+    )
+    with pytest.raises(TrainingDiverged, match=r'after 5 skipped steps.*train.max_skipped_steps'):
+        train(config, tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if 'skipped_steps' in row]
+    assert rows[-1]['skipped_steps'] >= 1
+
+
+def test_dispatches_of_several_steps_on_a_mesh_resume(tmp_path):
+    settings = {
+        'train__steps_per_dispatch': 2,
+        'train__log_every': 2,
+        'mesh__fsdp': 4,
+        'evaluate__after_training': False,
+    }
+    straight = train(load_config(**settings), tmp_path / 'straight')
+    train(load_config(train__num_steps=8, **settings), tmp_path / 'in_two')
+    assert_same_bits(train(load_config(**settings), tmp_path / 'in_two'), straight)
+    with pytest.raises(UsageError, match=r'steps_per_dispatch=2 must divide train.log_every=3'):
+        train(load_config(train__steps_per_dispatch=2), tmp_path / 'refused')
+
+
+def test_a_run_goes_on_on_another_mesh(workdir, tmp_path):
+    """Eight devices, replicated -> split; the loss history of both ends within rounding."""
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    before = newest_state(tmp_path)
+    split = load_config(train__num_steps=16, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, evaluate__after_training=False)
+    after = train(split, tmp_path)
+    assert int(after.step) == 16
+    assert int(before.step) == 12
+    assert len({leaf.sharding.spec for leaf in jax.tree.leaves(after.params)}) > 1
+
+
+def test_a_killed_sampling_job_goes_on(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    arguments = [
+        f'--workdir={tmp_path}',
+        '--mode=sample',
+        '--config.sample.num=4000',
+        '--config.sample.batch_size=20',
+        '--config.sample.steps=10',
+    ]
+    process = start(*arguments)
+    while len(list(tmp_path.glob('samples/*.parts/*.npz'))) < 5 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    status, output = run(*arguments)
+    assert status == 0, output
+    assert 'going on after the' in output
+    assert not list(tmp_path.glob('samples/*.parts'))
+    [path] = tmp_path.glob('samples/*num4000*.npz')
+    images = np.load(path)['images']
+    assert images.shape == (4000, 8, 8, 1)
+    unbroken = load_pipeline(tmp_path)[0](300, steps=10, guidance_scale=2.0, batch_size=20).images
+    assert np.abs(images[:300].astype(int) - unbroken).max() <= 1  # eight devices against one
+
+
+def test_a_second_start_compiles_nothing_and_a_profile_is_written(workdir, tmp_path, monkeypatch):
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+    arguments = [f'--workdir={tmp_path}', *LONG, '--config.train.sample_every=1000']
+    status, output = run(*arguments, '--config.train.num_steps=13')
+    assert status == 0, output
+    kept = sorted(tmp_path.glob('cache/jit_step*-cache'))
+    assert kept
+    status, output = run(*arguments, '--config.train.num_steps=30', '--profile')
+    assert status == 0, output
+    assert sorted(tmp_path.glob('cache/jit_step*-cache')) == kept
+    assert list(tmp_path.glob('profile/plugins/profile/*/*.xplane.pb'))

@@ -81,7 +81,13 @@ def digests(tree: Any) -> dict[str, str]:
     changes go unnoticed with probability 2^-64. Compiles once for each shape, dtype and sharding.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = jax.device_get([_dispatch(leaf) for _, leaf in leaves])
+    sums = []
+    for _, leaf in leaves:
+        sums.append(_dispatch(leaf))
+        if jax.process_count() > 1:
+            # On CPUs, collectives of programs in flight together wait for one another for ever.
+            jax.block_until_ready(sums[-1])
+    sums = jax.device_get(sums)
     names = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
     return {name: f'{first:08x}{second:08x}' for name, (first, second) in zip(names, sums, strict=True)}
 

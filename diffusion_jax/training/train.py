@@ -156,8 +156,9 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     # --- the loop -----------------------------------------------------------------------------------------------------
     def held_out_mean() -> float:
         keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(config.seed), EVAL_BATCHES)))
-        losses = [held_out_loss(state.ema, held_out.arrays, held_out(i), key) for i, key in enumerate(keys)]
-        return float(np.mean(jax.device_get(losses)))
+        # One at a time: on CPUs, collectives of programs in flight together wait for one another for ever.
+        losses = [float(held_out_loss(state.ema, held_out.arrays, held_out(i), key)) for i, key in enumerate(keys)]
+        return float(np.mean(losses))
 
     writer = MetricsWriter(workdir, start) if is_writer() else SilentWriter()
     running = RunningMetrics(settings.max_skipped_steps, notes.get('skipped_steps', 0))

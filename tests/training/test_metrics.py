@@ -40,3 +40,24 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     assert [(row['step'], row['loss']) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
     assert list((tmp_path / 'tensorboard').iterdir())
     assert plot_curves(tmp_path).stat().st_size > 1000
+
+
+def test_steps_of_one_dispatch_are_told_apart():
+    running = RunningMetrics()
+    running.add(4, {'loss': jnp.array([1.0, 2.0, 3.0, 4.0])})
+    assert running.report() == {'loss': 2.5}
+    running.add(8, {'loss': jnp.array([1.0, 2.0, jnp.nan, 4.0])})
+    with pytest.raises(TrainingDiverged, match='step 7: loss nan'):
+        running.check()
+
+
+def test_skipped_steps_are_left_out_counted_and_limited():
+    running = RunningMetrics(max_skipped=3, skipped=1)
+    running.add(2, {'loss': jnp.array([1.0, jnp.nan]), 'skipped': jnp.array([0.0, 1.0])})
+    assert running.report() == {'loss': 1.0, 'skipped_steps': 2.0}
+    running.add(4, {'loss': jnp.array([jnp.inf, 5.0]), 'skipped': jnp.array([1.0, 0.0])})
+    assert running.report() == {'loss': 5.0, 'skipped_steps': 3.0}
+    assert running.skipped == 3
+    running.add(5, {'loss': jnp.float32(jnp.nan), 'skipped': jnp.float32(1.0)})
+    with pytest.raises(TrainingDiverged, match=r'step 5: loss nan \(after 3 skipped steps\)'):
+        running.check()

@@ -161,6 +161,7 @@ def train_on(tiny, devices, steps=3):
     return losses, state
 
 
+@pytest.mark.slow  # with labels and dropout; without, test_sharding.py has every mesh
 def test_eight_devices_train_as_one(tiny):
     one, state = train_on(tiny, 1)
     eight, sharded = train_on(tiny, 8)
@@ -232,3 +233,20 @@ def test_clipping_and_weight_decay_do_what_they_say():
 def test_impossible_optimizers_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         make_optimizer(**ADAM | changes)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    state, step, _ = linear_step(skip_nonfinite=True)
+    images = np.full((4, 2, 2, 1), 255, np.uint8)
+    labels = np.zeros(4, np.int32)
+    good, metrics = jax.jit(step)(state, {}, {'image': images, 'label': labels})
+    assert metrics['skipped'] == 0
+    assert good.params['w'] != state.params['w']
+    broken = dataclasses.replace(good, params={'w': jnp.float32(jnp.inf)})
+    after, metrics = jax.jit(step)(broken, {}, {'image': images, 'label': labels})
+    assert metrics['skipped'] == 1
+    assert after.step == good.step + 1
+    assert after.params['w'] == jnp.inf
+    assert after.ema['w'] == good.ema['w']
+    for a, b in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(good.opt_state), strict=True):
+        assert a == b
