@@ -187,6 +187,17 @@ class Checkpoints:
         items, step, _, _ = self._restore({name: abstract_params}, which)
         return items[name], step
 
+    def damaged(self, abstract_state: TrainState) -> dict[int, str]:
+        """Reads and verifies every checkpoint: {step: reason} of those that are not what was saved."""
+        self.wait()
+        found = {}
+        for step in _of_process_0(self.steps()):
+            try:
+                _read(self.directory / str(step), _items(abstract_state))
+            except Damaged as reason:
+                found[step] = str(reason)
+        return found
+
     def choose(self, which: str) -> int:
         """The step of the 'newest' or 'best' checkpoint, by its record alone; a `UsageError` if there is none."""
         return self._candidates(which)[0]
@@ -223,8 +234,7 @@ class Checkpoints:
         for step in self._candidates(which):
             folder = self.directory / str(step)
             try:
-                record, items = _together(lambda folder=folder: _read(folder, abstract_items))
-                _together(lambda record=record, items=items: _verify(record, items))
+                record, items = _read(folder, abstract_items)
             except Damaged as reason:
                 reasons[step] = str(reason)
                 LOGGER.warning('the checkpoint %s is damaged: %s.', folder, reason)
@@ -314,13 +324,20 @@ def _older_record(folder: Path) -> Record:
 
 
 def _read(folder: Path, abstract_items: dict[str, Any]) -> tuple[Record, dict[str, Any]]:
-    record = _read_record(folder)
-    # Handlers, not a Checkpointer: that one waits for all processes, which one that fails would keep waiting.
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        return record, {
-            name: handler.restore(folder / name, args=ocp.args.StandardRestore(item))
-            for name, item in abstract_items.items()
-        }
+    """What is in the folder, verified; `Damaged` if it is not what was saved."""
+
+    def read():
+        record = _read_record(folder)
+        # A handler, not a Checkpointer: that one waits for all processes, which one that fails would keep waiting.
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            return record, {
+                name: handler.restore(folder / name, args=ocp.args.StandardRestore(item))
+                for name, item in abstract_items.items()
+            }
+
+    record, items = _together(read)
+    _together(lambda: _verify(record, items))
+    return record, items
 
 
 def _verify(record: Record, items: dict[str, Any]) -> None:
