@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -99,7 +100,9 @@ class Checkpoints:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._delete_unfinished()  # what a killed run was in the middle of writing
             if self._checkpointer is None:
-                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+                # The folder in the foreground: else, where a save fails at once, its thread makes one later.
+                options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
             self._checkpointer.save(self.directory / str(step), args=args)
         except Exception as error:
             self._fail(error)
@@ -144,8 +147,13 @@ class Checkpoints:
         ) from error
 
     def _delete_unfinished(self) -> None:
-        for path in self.directory.glob(f'*{UNFINISHED}*'):
-            shutil.rmtree(path, ignore_errors=True)
+        for _ in range(20):
+            found = list(self.directory.glob(f'*{UNFINISHED}*'))
+            for path in found:
+                shutil.rmtree(path, ignore_errors=True)
+            if not found:
+                return
+            time.sleep(0.05)  # some thread of a save that failed may still be writing
 
     def _delete_old(self) -> None:
         steps = self.steps()

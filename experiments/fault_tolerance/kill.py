@@ -8,6 +8,7 @@ both runs must be the same, bit for bit, and so must all their losses.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -54,7 +55,7 @@ class Run:
     """`python main.py` in a workdir, its output in `workdir.log`."""
 
     def __init__(self, workdir: Path, cache: Path, arguments: list[str]):
-        self.workdir, self.log = workdir, workdir.with_suffix('.log')
+        self.workdir, self.log, self.started = workdir, workdir.with_suffix('.log'), time.time()
         environment = {
             'JAX_PLATFORMS': 'cpu',
             'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
@@ -105,10 +106,14 @@ def reached(workdir: Path) -> int:
     return max((step for step, _ in losses_of(workdir)), default=0)
 
 
-def unfinished(workdir: Path) -> list[int]:
-    """The steps of half-written checkpoints."""
-    names = [path.name for path in (workdir / 'checkpoints').glob(f'*{UNFINISHED}*')]
-    return [int(name.split('.')[0]) for name in names if not name.endswith('deleted')]
+def unfinished(workdir: Path, since: float) -> set[int]:
+    """The steps of checkpoints that are half-written, by a process started at that time (of `time.time`)."""
+    found = set()
+    for path in (workdir / 'checkpoints').glob(f'*{UNFINISHED}*'):
+        with contextlib.suppress(FileNotFoundError):  # complete by now
+            if path.stat().st_mtime > since and not path.name.endswith('deleted'):
+                found.add(int(path.name.split('.')[0]))
+    return found
 
 
 def abstract_state(workdir: Path) -> TrainState:
@@ -140,8 +145,8 @@ def kill_once(run: Run, moment: str, advance: int, startup: float, rng: np.rando
         aim = run.resumed() + advance
         run.wait_until(lambda: reached(workdir) >= aim)
         if moment == 'saving':
-            before = set(unfinished(workdir))
-            run.wait_until(lambda: set(unfinished(workdir)) - before)
+            before = unfinished(workdir, run.started)
+            run.wait_until(lambda: unfinished(workdir, run.started) - before)
             time.sleep(rng.uniform(0, 0.05))
     seconds = run.seconds()
     run.process.send_signal(signal.SIGKILL)
@@ -150,7 +155,7 @@ def kill_once(run: Run, moment: str, advance: int, startup: float, rng: np.rando
     newest = check_all(workdir)
     # A row may be in the file's buffer while its step is saved already.
     got_to = max(reached(workdir), newest)
-    half = max((step for step in unfinished(workdir) if step > newest), default=None)
+    half = max((step for step in unfinished(workdir, run.started) if step > newest), default=None)
     return Kill(moment, round(seconds, 2), run.resumed(), got_to, half, newest, got_to - newest)
 
 

@@ -4,7 +4,7 @@ import gc
 import logging
 
 import pytest
-from test_checkpoints import bits, saved, shapes, state_at
+from test_checkpoints import bits, messages, saved, shapes, state_at
 
 from diffusion_jax.training.checkpoints import Checkpoints
 
@@ -37,10 +37,10 @@ def damages(content: bytes) -> dict[str, bytes | None]:
     return found | {f'bit {position % 8} of byte {position}': flipped(position) for position in positions}
 
 
-def every_byte(content: bytes) -> dict[str, bytes]:
-    """One bit flipped, in each byte in turn."""
+def many_bytes(content: bytes) -> dict[str, bytes]:
+    """One bit flipped, in many bytes (all of a small file) in turn."""
     found = {}
-    for i in range(len(content)):
+    for i in range(0, len(content), 1 + len(content) // 400):
         changed = bytearray(content)
         changed[i] ^= 1 << i % 8
         found[f'bit {i % 8} of byte {i}'] = bytes(changed)
@@ -66,7 +66,7 @@ def assert_never_wrong(folder, damages, caplog, paths=None):
                 assert f'{checkpoint} is damaged: ' in caplog.text, what
             else:
                 assert restored.step == 4, what
-                assert not caplog.messages, what
+                assert not messages(caplog), what
             averaged, step = Checkpoints(folder).restore_params(shapes().params, 'best', ema=True)
             assert bits(averaged) == bits(expected[step].ema), what
             path.write_bytes(whole)
@@ -84,13 +84,13 @@ def test_no_damage_to_any_file_restores_wrong_values(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_no_byte_of_record_or_arrays_with_a_flipped_bit_restores_wrong_values(tmp_path, caplog):
+def test_no_flipped_bit_in_record_or_arrays_restores_wrong_values(tmp_path, caplog):
     saved(tmp_path, {3: 0.6, 4: 0.5})
     folder = tmp_path / 'checkpoints' / '4'
     record = folder / 'record' / 'metadata'
-    passed_over = assert_never_wrong(tmp_path, every_byte, caplog, [record, *sorted((folder / 'ema').rglob('d/*'))])
-    # Of the arrays some bytes are padding, and some files are left over from writing.
-    assert sum(passed_over.values()) > len(record.read_bytes()) + 200
+    passed_over = assert_never_wrong(tmp_path, many_bytes, caplog, [record, *sorted((folder / 'ema').rglob('d/*'))])
+    # Of the other files some are left over from writing.
+    assert sum(passed_over.values()) > len(many_bytes(record.read_bytes())) + 300
 
 
 def test_what_else_lies_among_the_checkpoints_is_no_checkpoint(tmp_path, caplog):
@@ -102,7 +102,7 @@ def test_what_else_lies_among_the_checkpoints_is_no_checkpoint(tmp_path, caplog)
         (root / name).mkdir()
     assert Checkpoints(tmp_path).steps() == [3, 4]
     assert Checkpoints(tmp_path).restore(shapes()).step == 4
-    assert not caplog.messages
+    assert not messages(caplog)
     assert saved(tmp_path, {5: 0.4}).steps() == [4, 5]
 
 
