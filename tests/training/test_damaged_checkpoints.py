@@ -1,12 +1,19 @@
 """Every file of a checkpoint, damaged in every way: what is restored is right, or an older one, never wrong."""
 
 import gc
+import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
+from runs import ROOT
 from test_checkpoints import bits, messages, saved, shapes, state_at
 
 from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.digests import digests
 
 pytestmark = [
     pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
@@ -112,3 +119,88 @@ def test_a_folder_that_lost_its_files_is_a_damaged_checkpoint(tmp_path, caplog):
     assert Checkpoints(tmp_path, 2).restore(shapes()).step == 4
     assert 'checkpoints/8 is damaged: it has no record' in caplog.text
     assert (tmp_path / 'damaged_checkpoints' / '8').is_dir()
+
+
+PROCESS = """
+import json
+import sys
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+
+index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f'localhost:{port}', 2, index)
+
+from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.digests import digests
+from diffusion_jax.training.sharding import make_mesh, with_shardings
+from diffusion_jax.training.step import init_state, state_shardings
+
+mesh, optimizer = make_mesh({'data': 2, 'fsdp': 4}), optax.adam(1e-3)
+
+
+def create(seed):
+    return init_state(lambda key: {'w': jax.random.normal(key, (64, 64))}, optimizer, seed)
+
+
+shapes = jax.eval_shape(lambda: create(0))
+shardings = state_shardings(shapes, optimizer, (('', 'fsdp'),), mesh)
+shapes = with_shardings(shapes, shardings)
+state_at = jax.jit(create, static_argnums=0, out_shardings=shardings)
+assert not state_at(3).params['w'].is_fully_addressable
+
+checkpoints = Checkpoints(folder, 2)
+for step in (3, 4):
+    checkpoints.save(step, state_at(step), None)
+checkpoints.close()
+
+real = ocp.StandardCheckpointHandler.restore
+
+
+def fail(self, directory, *arguments, **options):
+    if directory.parent.name == '4':
+        raise OSError('this process cannot read it')
+    return real(self, directory, *arguments, **options)
+
+
+if index == 1:
+    ocp.StandardCheckpointHandler.restore = fail
+checkpoints = Checkpoints(folder, 2)
+restored = checkpoints.restore(shapes)
+ocp.StandardCheckpointHandler.restore = real
+steps = [restored.step, *checkpoints.steps()]
+checkpoints.save(4, restored.state, None)
+checkpoints.close()
+print(json.dumps([steps, Checkpoints(folder).restore(shapes).step, digests(restored.state)]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_is_damaged_and_on_digests(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'PYTHONPATH': str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', PROCESS, str(i), port, str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    here = Checkpoints(tmp_path).restore(shapes())  # in one process: verified by what the two wrote down
+    expected = [[3, 3], 4, digests(here.state)]
+    assert [json.loads(output.splitlines()[-1]) for output, _ in outputs] == [expected] * 2
+    assert 'damaged: another process could not read it' in outputs[0][1]
+    assert 'this process cannot read it' in outputs[1][1]
+    assert (tmp_path / 'damaged_checkpoints' / '4').is_dir()
