@@ -187,7 +187,7 @@ def kill_and_resume(
     rows: list[Kill] = []
     startup = 0.0
     for i in range(kills):
-        moment = 'step' if startup == 0 else rng.choice(list(MOMENTS), p=list(MOMENTS.values()))
+        moment = 'step' if startup == 0 else str(rng.choice(list(MOMENTS), p=list(MOMENTS.values())))
         bar.set_description(f'kill {i + 1}, {moment}')
         newest = rows[-1].newest if rows else 0
         # The rest of the run is shared out among the kills to come; a save that is waited for takes steps, too.
