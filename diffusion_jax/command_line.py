@@ -1,7 +1,9 @@
 """What stands between a shell and the library: modes by name, and errors as one message instead of a traceback."""
 
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,13 +77,27 @@ def run(main: Callable[[list[str]], None]) -> None:
         app.run(main, flags_parser=_parse)
     except (UsageError, TrainingDiverged, SamplingDiverged, SavingFailed) as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(1)
+        _leave(1)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal_number)  # not 0: what started it should not take it for done
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
     except KeyboardInterrupt:
         print('interrupted: the same command goes on from the newest checkpoint.', file=sys.stderr)
         sys.exit(130)
+
+
+def _leave(status: int) -> None:
+    """Exits; of several processes at once, for the others not to wait for this one."""
+    from diffusion_jax import distributed
+
+    if distributed.joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class _AboveTheBar(logging.Handler):

@@ -37,7 +37,11 @@ def default_config() -> ConfigDict:
             'dir': placeholder(str),  # where its files are, if not in their usual place
             'resolution': placeholder(int),  # resize to this; the data's own by default
             'flip': False,  # mirror training images at random
-            'placement': 'auto',  # 'device', 'host' or 'auto'
+            'placement': 'auto',  # 'device', 'host' or 'auto'; 'stream' reads images when they are needed
+            'workers': 0,  # processes that read a streamed set; 0: threads of this one
+            'crop': 'center',  # of streamed images; 'random': a random square, to train on
+            'crop_min_scale': 0.8,  # of a random square's side, in the image's short side
+            'tfds_name': placeholder(str),  # with name='tfds': which data set
         }
     )
     config.class_conditional = True  # condition on the label, if the data has labels
@@ -123,7 +127,15 @@ def _defaults_of(module: Callable[..., Any]) -> dict[str, Any]:
 FROM_DATA = ('resolution', 'image_channels', 'num_classes')
 """Arguments of a model that the data sets decide."""
 
-FREE_TO_CHANGE = ('sample.', 'evaluate.', 'data.dir', 'data.placement', 'train.num_steps', 'train.log_every')
+FREE_TO_CHANGE = (
+    'sample.',
+    'evaluate.',
+    'data.dir',
+    'data.placement',
+    'data.workers',
+    'train.num_steps',
+    'train.log_every',
+)
 FREE_TO_CHANGE += ('train.eval_every', 'train.sample_every', 'train.checkpoint_every', 'train.keep_checkpoints')
 FREE_TO_CHANGE += ('train.accumulate', 'train.steps_per_dispatch', 'train.max_skipped_steps')
 FREE_TO_CHANGE += ('mesh.', 'sharding_rules', 'model.remat')

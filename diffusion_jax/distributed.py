@@ -79,6 +79,11 @@ def _from_environment(name: str) -> int:
         ) from None
 
 
+def joined() -> bool:
+    """Whether this is one of several processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def is_writer() -> bool:
     """Whether this process is the one that writes to the workdir (all of them write checkpoints)."""
     return jax.process_index() == 0

@@ -15,7 +15,7 @@ from diffusion_jax.config import check_keys, differences, options, with_defaults
 from diffusion_jax.denoisers import edm_preconditioned
 from diffusion_jax.errors import UsageError
 from diffusion_jax.models import MODELS, Params, functional
-from diffusion_jax.registry import build, lookup
+from diffusion_jax.registry import build, lookup, parameters_of
 from diffusion_jax.schedules import SCHEDULES, Exploding, Schedule
 
 
@@ -59,8 +59,19 @@ class Experiment:
 def load_data(config: ConfigDict) -> data.Splits:
     """The train and test images that `config.data` names."""
     section = config.data
-    chosen = {'data_dir': section.dir, 'resolution': section.resolution}
-    return data.load(section.name, **{name: value for name, value in chosen.items() if value is not None})
+    chosen = {'data_dir': section.dir, 'resolution': section.resolution, 'tfds_name': section.tfds_name}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    can_stream = [name for name, source in data.SOURCES.items() if 'streaming' in parameters_of(source)]
+    if section.name in can_stream and section.placement != 'auto':
+        chosen['streaming'] = section.placement == 'stream'
+    elif section.placement == 'stream':
+        raise UsageError(
+            f'data.name={section.name!r} is read into memory as a whole: data.placement=auto, device or host. '
+            f'Sets that can be streamed: {", ".join(can_stream)}.'
+        )
+    if section.crop != 'center':
+        chosen |= {'crop': section.crop, 'crop_min_scale': section.crop_min_scale}
+    return data.load(section.name, **chosen)
 
 
 def info_of(splits: data.Splits) -> DataInfo:

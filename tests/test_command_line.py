@@ -104,7 +104,7 @@ def with_unknown_key(config):
         ({'ema_decay': 1.0}, r'ema_decay must be in \[0, 1\)'),
         ({'train__num_steps': 0}, 'train.num_steps must be at least 1'),
         ({'train__checkpoint_every': 0}, 'train.checkpoint_every must be at least 1'),
-        ({'train__batch_size': 12}, 'multiple of the 8 devices'),
+        ({'train__batch_size': 12}, 'multiple of the 8 parts'),
         ({'sample__steps': 101}, r'steps must be in 1\.\.100'),
         ({'sample__spacing': 'even'}, 'leading, leading_offset, linspace'),
         ({'sample__labels': '3,12'}, r'labels must be among 0\.\.9'),

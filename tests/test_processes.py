@@ -17,11 +17,11 @@ from diffusion_jax.training.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 LONG = [
-    '--config.train.num_steps=24',
-    '--config.train.checkpoint_every=4',
+    '--config.train.num_steps=12',
+    '--config.train.checkpoint_every=3',
     '--config.train.eval_every=12',
     '--config.train.log_every=1',
-    '--config.train.sample_every=24',
+    '--config.train.sample_every=12',
     '--config.evaluate.after_training=False',
 ]
 
@@ -31,7 +31,7 @@ def start(workdir, processes, *arguments):
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
-    flags = f'--xla_force_host_platform_device_count={8 // processes}'
+    flags = f'--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0'
     return [
         subprocess.Popen(
             [
@@ -88,7 +88,7 @@ def alone(tmp_path_factory):
 )
 def test_processes_are_killed_and_resume_to_what_one_process_learns(processes, mesh, alone, tmp_path):
     running = start(tmp_path, processes, *LONG, *mesh)
-    wait_for_step(tmp_path, 10, running)
+    wait_for_step(tmp_path, 7, running)
     for process in running:
         process.send_signal(signal.SIGKILL)
     statuses, _ = finish(running)
@@ -97,7 +97,7 @@ def test_processes_are_killed_and_resume_to_what_one_process_learns(processes, m
     assert 'resumed at step' in outputs[0]
     assert 'resumed' not in ''.join(outputs[1:])  # one voice
     steps = [row['step'] for row in read_metrics(tmp_path) if 'loss' in row]
-    assert steps == list(range(1, 25))  # and one writer
+    assert steps == list(range(1, 13))  # and one writer
     for ours, theirs in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(alone)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)  # sums in another order; the learning rate is 1e-3
     losses = [[row['loss'] for row in read_metrics(folder) if 'loss' in row] for folder in (tmp_path, alone)]

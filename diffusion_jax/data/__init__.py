@@ -2,5 +2,6 @@
 
 from diffusion_jax.data.image_set import ImageSet, Splits
 from diffusion_jax.data.sources import SOURCES, load
+from diffusion_jax.data.streamed import StreamedSet
 
-__all__ = ['SOURCES', 'ImageSet', 'Splits', 'load']
+__all__ = ['SOURCES', 'ImageSet', 'Splits', 'StreamedSet', 'load']

@@ -93,6 +93,12 @@ def check_resolution(resolution: object) -> None:
         raise UsageError(f'resolution must be a positive whole number of pixels, not {resolution!r}.')
 
 
+def check_channels(channels: object) -> None:
+    """Raises a `UsageError` unless `channels` is 1 or 3."""
+    if channels not in (1, 3):
+        raise UsageError(f'channels must be 1 (grey) or 3 (RGB), not {channels!r}.')
+
+
 def resize(images: np.ndarray, resolution: int | None) -> np.ndarray:
     """uint8 [N, H, W, C] to [N, resolution, resolution, C], C = 1 or 3, antialiased; as it is for None."""
     if resolution is None:
@@ -108,29 +114,6 @@ def resize(images: np.ndarray, resolution: int | None) -> np.ndarray:
         pixels = image[..., 0] if image.shape[2] == 1 else image
         out[i] = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)).reshape(out.shape[1:])
     return out
-
-
-def read_images(paths: list[Path], resolution: int, channels: int) -> np.ndarray:
-    """Reads image files, their transparency over white, cropped to the central square and resized, antialiased.
-
-    Returns:
-        uint8 [N, resolution, resolution, channels], channels = 1 (grey) or 3 (RGB).
-
-    Raises:
-        UsageError: a file is not a readable image; the message names it.
-    """
-    from tqdm import tqdm
-
-    images = np.empty((len(paths), resolution, resolution, channels), np.uint8)
-    for i, path in enumerate(tqdm(paths, desc='Reading images', disable=len(paths) <= PROGRESS_FROM)):
-        # Decoders raise almost anything on a damaged file.
-        try:
-            images[i] = _read_image(path, resolution, channels)
-        except Exception as error:
-            raise UsageError(
-                f'{path} cannot be read as an image ({type(error).__name__}: {error}). Repair or remove it.'
-            ) from error
-    return images
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -162,11 +145,23 @@ def _read(path: Path) -> bytes:
         raise broken(path, 'a whole gzip file', error) from error
 
 
-def _read_image(path: Path, resolution: int, channels: int) -> np.ndarray:
+def open_image(path: str | Path) -> Any:
+    """A PIL image, decoded and upright. Of a damaged file the decoders raise almost anything."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+        return ImageOps.exif_transpose(file)
+
+
+def fit(
+    image: Any, resolution: int, channels: int, rng: np.random.Generator | None = None, min_scale: float = 1.0
+) -> np.ndarray:
+    """A PIL image as uint8 [resolution, resolution, channels]: transparency over white, cropped, resized, antialiased.
+
+    The crop is the central square; with `rng` a square anywhere, of a side from `min_scale` to 1 of the short side.
+    """
+    from PIL import Image
+
     # Pillow's own conversion clips 16 bits at 255.
     if image.mode.startswith('I;16'):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -176,7 +171,11 @@ def _read_image(path: Path, resolution: int, channels: int) -> np.ndarray:
     image = image.convert('L' if channels == 1 else 'RGB')
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    if rng is None:
+        left, top = (width - side) // 2, (height - side) // 2
+    else:
+        side = max(1, round(side * rng.uniform(min_scale, 1.0)))
+        left, top = (int(rng.integers(0, extent - side + 1)) for extent in (width, height))
     box = (left, top, left + side, top + side)
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image).reshape(resolution, resolution, channels)

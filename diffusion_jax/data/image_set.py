@@ -1,11 +1,33 @@
-"""A set of images in memory."""
+"""A set of images in memory, and what every set of images has."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from diffusion_jax.errors import UsageError
+
+
+class Images(Protocol):
+    """What training and evaluation see of a set: an `ImageSet`, in memory, or a `StreamedSet`, on the disk.
+
+    `labels` has one number an image (None: no classes), `class_names` one name a class, `captions` one text an image
+    (None: no texts); all are in the order of the images.
+    """
+
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    captions: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def in_memory(self) -> 'ImageSet': ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -16,6 +38,7 @@ class ImageSet:
         images: uint8 [N, H, W, C] in 0..255, N >= 1.
         labels: int32 [N] in 0..len(class_names) - 1, or None for images without classes.
         class_names: one name a class; empty exactly when `labels` is None.
+        captions: a text for each image, or None.
 
     Raises:
         UsageError: a dtype, a shape or a label is another.
@@ -24,6 +47,7 @@ class ImageSet:
     images: np.ndarray
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    captions: tuple[str, ...] | None = None
 
     def __post_init__(self):
         images, labels, classes = self.images, self.labels, len(self.class_names)
@@ -31,6 +55,8 @@ class ImageSet:
             raise UsageError(
                 f'images must be uint8 [N, H, W, C] with no empty axis, not {images.dtype} {list(images.shape)}.'
             )
+        if self.captions is not None and len(self.captions) != len(images):
+            raise UsageError(f'{len(images)} images need as many captions, not {len(self.captions)}.')
         if (labels is None) != (classes == 0):
             raise UsageError('labels and class_names must be given together.')
         if labels is None:
@@ -53,9 +79,13 @@ class ImageSet:
         """The number of classes, 0 without labels."""
         return len(self.class_names)
 
+    def in_memory(self) -> 'ImageSet':
+        """Itself."""
+        return self
+
 
 class Splits(NamedTuple):
     """The images to train on and those held out."""
 
-    train: ImageSet
-    test: ImageSet
+    train: Images
+    test: Images

@@ -1,14 +1,13 @@
 """Where images come from: a function a dataset, each of which reads files on this machine and downloads nothing."""
 
-import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from diffusion_jax import registry
-from diffusion_jax.data import formats
+from diffusion_jax.data import formats, prepared
+from diffusion_jax.data.files import captioned_folder, folder, npz, tfds
 from diffusion_jax.data.image_set import ImageSet, Splits
 from diffusion_jax.errors import UsageError
 
@@ -27,7 +26,6 @@ FASHION_MNIST_CLASSES = (
 )
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 CIFAR10_BATCHES = ('data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5', 'test_batch')
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')
 
 
 def digits(resolution: int | None = None) -> Splits:
@@ -72,7 +70,7 @@ def fashion_mnist(data_dir: str | None = None, resolution: int | None = None) ->
         )
     if splits := _tfds_splits('fashion_mnist', data_dir, resolution):
         return splits
-    raise _not_found(
+    raise prepared.not_found(
         'fashion_mnist',
         [f'{root} (IDX files)'],
         data_dir,
@@ -100,7 +98,7 @@ def cifar10(data_dir: str | None = None, resolution: int | None = None) -> Split
                 return _cifar_splits(files, read, resolution)
     if splits := _tfds_splits('cifar10', data_dir, resolution):
         return splits
-    raise _not_found(
+    raise prepared.not_found(
         'cifar10',
         [f'{place} (data_batch_1.bin or data_batch_1, ...)' for place in places],
         data_dir,
@@ -109,58 +107,14 @@ def cifar10(data_dir: str | None = None, resolution: int | None = None) -> Split
     )
 
 
-def folder(data_dir: str, resolution: int, channels: int = 3, test_fraction: float = 0.1) -> Splits:
-    """All images under a folder, cropped to their central square and resized, transparency over white.
-
-    The first level of sub-folders are the classes if each image lies in one; otherwise there are no labels. Hidden
-    files and folders are left out and links to folders are not followed. An image's split depends on its relative path
-    alone, so that it stays where it is when others are added (but for the one image that an empty split is given).
-
-    Args:
-        data_dir: the folder; png, jpg, jpeg, webp, bmp and gif (first frame) count as images.
-        resolution: the side of the images.
-        channels: 3 for RGB, 1 for grey.
-        test_fraction: the share of test images, between 0 and 1; each split gets at least one.
-
-    Raises:
-        UsageError: an option is out of range, the folder is missing or has under two images, or an image is unreadable.
-    """
-    if not data_dir:
-        raise UsageError('The dataset folder needs a folder of images: --config.data.dir=DIR.')
-    formats.check_resolution(resolution)
-    if channels not in (1, 3):
-        raise UsageError(f'channels must be 1 (grey) or 3 (RGB), not {channels!r}.')
-    if not 0 < test_fraction < 1:
-        raise UsageError(f'test_fraction must lie between 0 and 1, not {test_fraction!r}.')
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise UsageError(f'{root} is not a folder. Name a folder of images with --config.data.dir=DIR.')
-    paths = [path for path in root.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
-    names = sorted(path.relative_to(root).as_posix() for path in paths)
-    names = [name for name in names if not any(part.startswith('.') for part in name.split('/'))]
-    if len(names) < 2:
-        raise UsageError(
-            f'{root} has {len(names) or "no"} image{"s" * (not names)} ({", ".join(IMAGE_SUFFIXES)}); at least two are '
-            'needed, one to train on and one to test on. Name another folder with --config.data.dir=DIR.'
-        )
-
-    classes, labels = (), None
-    if all('/' in name for name in names):
-        classes = tuple(sorted({name.split('/')[0] for name in names}))
-        labels = np.array([classes.index(name.split('/')[0]) for name in names], np.int32)
-    images = formats.read_images([root / name for name in names], resolution, channels)
-    in_test = _in_test(names, test_fraction)
-    train, test = (
-        ImageSet(images[rows], None if labels is None else labels[rows], classes) for rows in (~in_test, in_test)
-    )
-    return Splits(train, test)
-
-
 SOURCES: dict[str, Callable[..., Splits]] = {
     'digits': digits,
     'fashion_mnist': fashion_mnist,
     'cifar10': cifar10,
     'folder': folder,
+    'captioned_folder': captioned_folder,
+    'npz': npz,
+    'tfds': tfds,
 }
 
 
@@ -221,23 +175,12 @@ def _cifar_splits(files: dict[str, Path], read: Callable, resolution: int | None
 def _tfds_splits(name: str, data_dir: str | None, resolution: int | None) -> Splits | None:
     """The dataset as TFDS prepared it in `data_dir` or TFDS's default; None if it did not, or is not installed."""
     try:
-        import tensorflow_datasets as tfds
+        builder = prepared.find(name, data_dir)
     except ImportError:
         return None
-    # Not tfds.data_source: it takes the dataset's code before its files, and where there are no files it says that the
-    # dataset is prepared in the wrong format.
-    root = os.path.expanduser(data_dir) if data_dir else None
-    try:
-        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=root)
-    except tfds.core.DatasetNotFoundError:
+    if builder is None:
         return None
-    try:
-        sources = builder.as_data_source()
-    except NotImplementedError as error:
-        raise UsageError(
-            f'{builder.data_dir} is in a format that only TensorFlow reads. Remove it and prepare it again with '
-            f'`{_tfds_build(name, data_dir)}`.'
-        ) from error
+    sources = prepared.data_source(builder, name, data_dir)
     classes = tuple(builder.info.features['label'].names)
     return _splits(
         [_tfds_set(builder.data_dir, sources, split, classes, resolution) for split in ('train', 'test')],
@@ -255,25 +198,3 @@ def _tfds_set(place: str, sources: dict, split: str, classes: tuple[str, ...], r
     except Exception as error:
         raise formats.broken(place, f'readable images in {split!r}', f'{type(error).__name__}: {error}') from error
     return _image_set(place, images, labels, classes, resolution)
-
-
-def _tfds_build(name: str, data_dir: str | None) -> str:
-    return f'tfds build {name} --file_format=array_record' + (f' --data_dir={data_dir}' if data_dir else '')
-
-
-def _not_found(name: str, places: list[str], data_dir: str | None, steps: str) -> UsageError:
-    tfds_dir = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-    looked = '; '.join([*places, f'{tfds_dir} (prepared by TFDS)'])
-    return UsageError(
-        f'{name} was not found. Looked in: {looked}. Next step, one of: {steps}; or `{_tfds_build(name, data_dir)}`, '
-        "which needs TensorFlow (`pip install 'diffusion_jax[tfds]'`)."
-    )
-
-
-def _in_test(names: list[str], fraction: float) -> np.ndarray:
-    """bool [N]: which names go to the test split, by a hash of each; at least one does and one does not."""
-    draws = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6], 'big') for name in names])
-    in_test = draws < fraction * 2**48
-    in_test[draws.argmin()] = True
-    in_test[draws.argmax()] = False
-    return in_test

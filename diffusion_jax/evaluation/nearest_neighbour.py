@@ -20,20 +20,22 @@ def evaluate(samples: Samples, splits: Splits) -> Result:
 
     Test images are real and new by construction: their distances say how near an unseen real image comes. `near_copies`
     is the share of samples nearer than 99% of the test images come: about 0.01 for images as new as the test set, about
-    1 for a model that recites. The picture shows the nearest pairs of all, samples above their training images.
+    1 for a model that recites. Of a streamed set an excerpt counts (`StreamedSet.in_memory`). The picture shows the
+    nearest pairs of all, samples above their training images.
     """
     from sklearn.neighbors import NearestNeighbors
 
-    train = features(splits.train.images)
+    training_images, test_images = (part.in_memory().images for part in splits)
+    train = features(training_images)
     index = NearestNeighbors(n_neighbors=1, algorithm='brute').fit(train)
     distances, nearest = (column[:, 0] for column in index.kneighbors(features(samples.images)))
-    reference = index.kneighbors(features(splits.test.images))[0][:, 0]
+    reference = index.kneighbors(features(test_images))[0][:, 0]
     scores = {
         'median_distance_to_training_set': float(np.median(distances)),
         'median_distance_of_real_test_images': float(np.median(reference)),
         'near_copies': float(np.mean(distances < np.quantile(reference, 0.01))),
-        'exact_copies': int(np.sum(np.all(samples.images == splits.train.images[nearest], axis=(1, 2, 3)))),
+        'exact_copies': int(np.sum(np.all(samples.images == training_images[nearest], axis=(1, 2, 3)))),
     }
     closest = np.argsort(distances)[:SHOWN]
-    pairs = np.concatenate([samples.images[closest], splits.train.images[nearest[closest]]])
+    pairs = np.concatenate([samples.images[closest], training_images[nearest[closest]]])
     return Result(scores, {'nearest': grid(pairs, columns=len(closest))})

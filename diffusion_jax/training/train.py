@@ -88,6 +88,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
         replicated=replicated(mesh),
         sharded=sharded_batch(mesh),
         placement=config.data.placement,
+        workers=config.data.workers,
     )
     batches, held_out = make_batches(splits.train), make_batches(splits.test)
     check_sampling(pipeline_of(experiment, {}, mesh), config.sample)

@@ -71,7 +71,10 @@ def test_prepared_images_are_floats_and_half_of_them_mirrored(key):
     [
         ({'batch_size': 12}, 'multiple of the 8 parts that it is split in, got 12'),
         ({'batch_size': 0}, 'positive multiple'),
-        ({'placement': 'disk'}, 'auto, device, host'),
+        ({'placement': 'disk'}, 'auto, device, host, stream'),
+        ({'placement': 'stream'}, "these are in memory: 'auto', 'device' or 'host'"),
+        ({'workers': 2}, 'with workers=2 is for images that are streamed'),
+        ({'workers': -1}, 'workers must be 0'),
     ],
 )
 def test_impossible_batches_are_refused(changes, message):

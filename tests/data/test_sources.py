@@ -12,17 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from image_files import prepare, random_bytes
 
 from diffusion_jax.data import SOURCES, ImageSet, Splits, formats, load, sources
 from diffusion_jax.errors import UsageError
-
-RANDOM = np.random.default_rng(0)
-
-
-def random_bytes(*shape):
-    return RANDOM.integers(0, 256, shape, np.uint8)
-
 
 # ImageSet
 
@@ -63,7 +56,7 @@ def test_image_set_rejects(changes, message):
 
 
 def test_load_builds_by_name():
-    assert set(SOURCES) == {'digits', 'fashion_mnist', 'cifar10', 'folder'}
+    assert set(SOURCES) == {'digits', 'fashion_mnist', 'cifar10', 'folder', 'captioned_folder', 'npz', 'tfds'}
     assert load('digits', resolution=16).train.image_shape == (16, 16, 1)
 
 
@@ -288,41 +281,6 @@ def test_fashion_mnist_without_tfds(nowhere, monkeypatch):
 
 
 # TFDS
-
-
-def png(pixels):
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, 'png')
-    data.seek(0)
-    return data
-
-
-def prepare(root, name, splits, class_names):
-    """Has TFDS prepare images uint8 [N, H, W, C] and labels as the dataset `name`, with no TensorFlow."""
-    tfds = pytest.importorskip('tensorflow_datasets')
-    shape = next(iter(splits.values()))[0].shape[1:]
-
-    def info(self):
-        features = {
-            'image': tfds.features.Image(shape=shape),
-            'label': tfds.features.ClassLabel(names=class_names),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def generate(self, images, labels):
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield i, {'image': png(image.squeeze()), 'label': int(label)}
-
-    members = {
-        'VERSION': tfds.core.Version('3.0.1'),
-        'pkg_dir_path': root,
-        '_info': info,
-        '_split_generators': lambda self, _: {split: self._generate_examples(*data) for split, data in splits.items()},
-        '_generate_examples': generate,
-    }
-    with tfds.core.registered.skip_registration():
-        builder = type(name, (tfds.core.GeneratorBasedBuilder,), members)
-    builder(data_dir=str(root), file_format='array_record').download_and_prepare()
 
 
 @pytest.fixture(scope='module')
@@ -553,178 +511,3 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, 'read_bytes', refuse)
     with pytest.raises(UsageError, match=r'data_batch_1.bin: expected a readable file, found Permission denied'):
         sources.cifar10(str(tmp_path))
-
-
-# Folders
-
-
-def colour(*value, size=(8, 8), mode='RGB'):
-    return Image.new(mode, size, value if len(value) > 1 else value[0])
-
-
-def save(root, name, image=None):
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (image or colour(9, 9, 9)).save(path)
-    return path
-
-
-def read(root, image, name='a.png', channels=3, resolution=8):
-    """What `folder` makes of one image."""
-    path = save(root, name, image)
-    return formats.read_images([path], resolution, channels)[0]
-
-
-def test_folder_of_all_formats(tmp_path):
-    names = [f'{i}{suffix}' for i, suffix in enumerate(['.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.PNG'])]
-    for i, name in enumerate(names):
-        save(tmp_path, f'deep/{i % 2}/{name}' if i else name, colour(200, 40 * (i > 2), 30))
-    (tmp_path / 'notes.txt').write_text('no image')
-    (tmp_path / 'folder.png').mkdir()
-    train, test = load('folder', data_dir=str(tmp_path), resolution=4, test_fraction=0.4)
-    assert len(train) + len(test) == len(names)
-    assert train.image_shape == (4, 4, 3)
-    assert (train.labels, train.class_names) == (None, ())
-    images = np.concatenate([train.images, test.images]).astype(int)
-    np.testing.assert_allclose(images[..., 0], 200, atol=3)
-    assert (images[:, 0, 0, 1] > 20).sum() == len(names) - 3
-
-
-def test_folder_takes_classes_from_the_first_level(tmp_path):
-    for i in range(20):
-        save(tmp_path, f'cat/{i}.png', colour(1, 1, 1))
-        save(tmp_path, f'dog/{i % 3}/{i}.png', colour(2, 2, 2))
-        save(tmp_path, f'ant/{i}.png', colour(0, 0, 0))
-    for images in sources.folder(str(tmp_path), 8, test_fraction=0.3):
-        assert images.class_names == ('ant', 'cat', 'dog')
-        assert set(images.labels.tolist()) == {0, 1, 2}
-        np.testing.assert_array_equal(images.images[:, 0, 0, 0], images.labels)
-
-
-def test_folder_leaves_out_what_is_hidden(tmp_path):
-    for name in ('a/1.png', 'b/1.png', '.trash/1.png'):
-        save(tmp_path, name)
-    (tmp_path / 'a' / '._1.png').write_bytes(b'left by another system')
-    train, test = sources.folder(str(tmp_path), 8)
-    assert (len(train), len(test), train.class_names) == (1, 1, ('a', 'b'))
-
-
-def shades(images):
-    return images.images[:, 0, 0, 0].tolist()
-
-
-def test_folder_split_is_stable(tmp_path):
-    expected = [2, 3, 4, 22, 25, 29, 38, 40, 41, 42, 48, 51, 52, 54, 58, 62, 64, 71, 72, 73, 75, 82, 87, 95, 96, 99]
-    for i in range(100):
-        save(tmp_path / 'x', f'{i:03}.png', colour(i, i, i))
-    first = sources.folder(str(tmp_path / 'x'), 8, test_fraction=0.2)
-    # The split of every machine and of every place of the folder, in the order of the names.
-    assert shades(first.test) == expected
-    assert shades(first.train) == [i for i in range(100) if i not in expected]
-    for i in range(100, 200):
-        save(tmp_path / 'x', f'{i:03}.png', colour(i, i, i))
-    (tmp_path / 'x').rename(tmp_path / 'y')
-    grown = sources.folder(str(tmp_path / 'y'), 8, test_fraction=0.2)
-    assert [i for i in shades(grown.test) if i < 100] == expected
-    assert 20 < len(grown.test) < 60
-
-
-@pytest.mark.parametrize('fraction', [1e-9, 1 - 1e-9])
-def test_folder_gives_each_split_an_image(tmp_path, fraction):
-    for i in range(3):
-        save(tmp_path, f'{i}.png')
-    train, test = sources.folder(str(tmp_path), 8, test_fraction=fraction)
-    assert (len(train), len(test)) == ((2, 1) if fraction < 0.5 else (1, 2))
-
-
-@pytest.mark.parametrize(('size', 'box'), [((12, 8), (2, 0, 10, 8)), ((8, 14), (0, 3, 8, 11)), ((8, 8), None)])
-def test_folder_crops_the_centre(tmp_path, size, box):
-    image = Image.fromarray(random_bytes(size[1], size[0], 3))
-    np.testing.assert_array_equal(read(tmp_path, image), np.asarray(image.crop(box)))
-
-
-def test_folder_resizes_without_aliases(tmp_path):
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[::2] = 200
-    np.testing.assert_allclose(read(tmp_path, Image.fromarray(stripes)).astype(int), 100, atol=12)
-    assert read(tmp_path, colour(5, 6, 7, size=(3, 3)))[4, 4].tolist() == [5, 6, 7]
-
-
-def test_folder_composites_over_white(tmp_path):
-    assert (read(tmp_path, colour(0, 0, 0, 0, mode='RGBA')) == 255).all()
-    assert (read(tmp_path, colour(0, 0, mode='LA'), channels=1) == 255).all()
-    assert abs(int(read(tmp_path, colour(100, 100, 100, 128, mode='RGBA'))[0, 0, 0]) - 177) <= 1
-    palette = colour(3, mode='P')
-    palette.putpalette([10, 20, 30] * 4)
-    assert read(tmp_path, palette)[0, 0].tolist() == [10, 20, 30]
-    palette.info['transparency'] = 3
-    assert (read(tmp_path, palette) == 255).all()
-
-
-def test_folder_converts_the_channels(tmp_path):
-    assert read(tmp_path, colour(77, mode='L')).tolist() == [[[77] * 3] * 8] * 8
-    grey = read(tmp_path, colour(255, 0, 0), channels=1)
-    assert (grey.shape, grey[0, 0, 0]) == ((8, 8, 1), 76)
-    assert (read(tmp_path, Image.fromarray(np.full((8, 8), 0x80FF, np.uint16))) == 0x80).all()
-
-
-def test_folder_turns_photographs_upright(tmp_path):
-    image = Image.fromarray(random_bytes(8, 8, 3))
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    image.save(tmp_path / 'a.png', exif=exif)
-    upright = formats.read_images([tmp_path / 'a.png'], 8, 3)[0]
-    np.testing.assert_array_equal(upright, np.asarray(image)[::-1, ::-1])
-
-
-def test_folder_takes_the_first_frame(tmp_path):
-    colour(200, 0, 0).save(tmp_path / 'a.gif', save_all=True, append_images=[colour(0, 0, 200)])
-    assert formats.read_images([tmp_path / 'a.gif'], 8, 3)[0, 0, 0].tolist() == [200, 0, 0]
-
-
-def damaged_png(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-@pytest.mark.parametrize('damage', [damaged_png, lambda path: path.write_bytes(b''), os.unlink])
-def test_folder_names_the_unreadable_image(tmp_path, damage):
-    save(tmp_path, 'sub/good.png')
-    target = tmp_path / 'target'
-    Image.fromarray(random_bytes(8, 8, 3)).save(target, 'png')
-    (tmp_path / 'sub' / 'bad.png').symlink_to(target)
-    damage(target)
-    with pytest.raises(UsageError, match=f'{tmp_path}/sub/bad.png cannot be read as an image .*Repair or remove it'):
-        sources.folder(str(tmp_path), 8)
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'data_dir': None}, 'needs a folder of images: --config.data.dir='),
-        ({'data_dir': '/nowhere/at/all'}, '/nowhere/at/all is not a folder.*--config.data.dir='),
-        ({'resolution': None}, 'resolution must be a positive whole number.*not None'),
-        ({'channels': 4}, r'channels must be 1 \(grey\) or 3 \(RGB\), not 4'),
-        ({'test_fraction': 0}, 'test_fraction must lie between 0 and 1, not 0'),
-        ({'test_fraction': 1.0}, 'test_fraction must lie between 0 and 1, not 1.0'),
-        ({}, 'has no images .*.png.*--config.data.dir='),
-    ],
-)
-def test_folder_explains_wrong_options(tmp_path, options, message):
-    with pytest.raises(UsageError, match=message):
-        sources.folder(**({'data_dir': str(tmp_path), 'resolution': 8} | options))
-
-
-def test_folder_of_one_image(tmp_path):
-    save(tmp_path, 'a.png')
-    with pytest.raises(UsageError, match=r'has 1 image \(.*at least two'):
-        sources.folder(str(tmp_path), 8)
-
-
-def test_folder_shows_its_progress_when_it_is_large(tmp_path, monkeypatch, capsys):
-    for i in range(3):
-        save(tmp_path, f'{i}.png')
-    sources.folder(str(tmp_path), 8)
-    assert capsys.readouterr().err == ''
-    monkeypatch.setattr(formats, 'PROGRESS_FROM', 2)
-    sources.folder(str(tmp_path), 8)
-    assert '3/3' in capsys.readouterr().err
