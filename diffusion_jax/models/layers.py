@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffusion_jax.models.convolution import conv_general_dilated
 from diffusion_jax.models.partition import split_heads
 
 # Variance scaling with uniform fan-average, as in DDPM's code; zeros where a residual branch must start as nothing.
@@ -36,7 +37,14 @@ def conv(
 ) -> nnx.Conv:
     """A square convolution with XLA's SAME padding."""
     return nnx.Conv(
-        features_in, features_out, (kernel, kernel), strides=stride, dtype=dtype, kernel_init=init, rngs=rngs
+        features_in,
+        features_out,
+        (kernel, kernel),
+        strides=stride,
+        dtype=dtype,
+        kernel_init=init,
+        conv_general_dilated=conv_general_dilated,
+        rngs=rngs,
     )
 
 
