@@ -84,8 +84,8 @@ def digests(tree: Any) -> dict[str, str]:
     sums = []
     for _, leaf in leaves:
         sums.append(_dispatch(leaf))
-        if jax.process_count() > 1:
-            # On CPUs, collectives of programs in flight together wait for one another for ever.
+        if jax.device_count() > 1 and jax.default_backend() == 'cpu':
+            # There, collectives of programs in flight together can wait for one another for ever.
             jax.block_until_ready(sums[-1])
     sums = jax.device_get(sums)
     names = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
