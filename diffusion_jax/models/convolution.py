@@ -19,9 +19,14 @@ def conv_general_dilated(x: Array, kernel: Array, window_strides: Any, padding: 
     """
     no_strides = {*window_strides, *options['lhs_dilation'], *options['rhs_dilation']} == {1}
     images_by_3x3 = x.ndim == 4 and kernel.shape[:2] == (3, 3) and padding == 'SAME'
-    if jax.default_backend() == 'cpu' and images_by_3x3 and no_strides and options['feature_group_count'] == 1:
+    if made_for_cpu() and images_by_3x3 and no_strides and options['feature_group_count'] == 1:
         return _conv_3x3(x, kernel)
     return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+
+
+def made_for_cpu() -> bool:
+    """Whether what is traced is compiled for a CPU: of JAX, only its default backend is known while it traces."""
+    return jax.default_backend() == 'cpu'
 
 
 def _plain(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -> Float[Array, 'B H W K']:

@@ -10,7 +10,7 @@ are medians over the turns. The others' environments (they are no dependencies o
 
 Parts: train (a step: forward, gradient, clipping, Adam, average), sample (DDIM), first_sample (from the start of a
 process to its first image, with nothing compiled before and again), scaling (our step against the batch). Writes
-results.json and prints the table as Markdown.
+results.json and prints the table as Markdown. What is called compiling is with PyTorch the whole first call.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def table(results: dict) -> str:
                 lines.append(f'| {batch} | {row["median_s"]:.2f} | {each:.0f} | {memory:.0f} |')
         else:
             batch, ours = results['settings'][key], rows['diffusion_jax']['median_s']
-            lines.append('| | images/s | ours is faster by | first call, s | peak memory, GiB | parameters |')
+            lines.append('| | images/s | ours is faster by | compile, s | peak memory, GiB | parameters |')
             lines.append('| --- | --- | --- | --- | --- | --- |')
             for name, row in rows.items():
                 memory = (row['device_bytes'] or row['host_bytes']) / 2**30

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from diffusion_jax.experiment import DataInfo, make_experiment
+from diffusion_jax.models import convolution
 from diffusion_jax.training.optimizer import make_optimizer
 from diffusion_jax.training.sharding import (
     bytes_per_device,
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument('--classes', type=int, default=10)
     parser.add_argument('--dtype', default='bfloat16')
     arguments = parser.parse_args()
+    convolution.made_for_cpu = lambda: False  # JAX's backend here is
 
     spec = importlib.util.spec_from_file_location('config', arguments.config)
     module = importlib.util.module_from_spec(spec)
