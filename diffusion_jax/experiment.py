@@ -64,7 +64,7 @@ def load_data(config: ConfigDict) -> data.Splits:
     can_stream = [name for name, source in data.SOURCES.items() if 'streaming' in parameters_of(source)]
     if section.name in can_stream and section.placement != 'auto':
         chosen['streaming'] = section.placement == 'stream'
-    elif section.placement == 'stream':
+    elif section.name in data.SOURCES and section.placement == 'stream':
         raise UsageError(
             f'data.name={section.name!r} is read into memory as a whole: data.placement=auto, device or host. '
             f'Sets that can be streamed: {", ".join(can_stream)}.'

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from image_files import colour, prepare, random_bytes, save
 from PIL import Image
+from runs import load_config
 
 from diffusion_jax.data import formats
 from diffusion_jax.data.files import captioned_folder, folder, npz, tfds
 from diffusion_jax.data.streamed import ImageFiles, StreamedSet
 from diffusion_jax.errors import UsageError
+from diffusion_jax.experiment import load_data
 
 # Folders
 
@@ -399,3 +401,38 @@ def test_only_streamed_images_are_cropped_at_random(tmp_path):
         folder(str(tmp_path), 8, crop='random')
     train, test = folder(str(tmp_path), 8, crop='random', streaming=True)
     assert (train.crop, test.crop) == ('random', 'center')
+
+
+def config_of(name, folder, **changes):
+    settings = {'data__name': name, 'data__dir': str(folder), 'data__resolution': 8}
+    return load_config(**settings | changes)
+
+
+def test_the_placement_says_whether_images_are_streamed(tmp_path, flowers):
+    for i in range(4):
+        save(tmp_path, f'{i}.png')
+    for placement, streamed in (('auto', False), ('device', False), ('host', False), ('stream', True)):
+        train = load_data(config_of('folder', tmp_path, data__placement=placement)).train
+        assert isinstance(train, StreamedSet) == streamed
+    for placement, streamed in (('auto', True), ('device', False), ('stream', True)):
+        config = config_of('tfds', flowers[0], data__placement=placement, data__tfds_name='flowers')
+        assert isinstance(load_data(config).train, StreamedSet) == streamed
+    cropped = config_of('folder', tmp_path, data__placement='stream', data__crop='random', data__crop_min_scale=0.3)
+    assert (load_data(cropped).train.crop, load_data(cropped).train.crop_min_scale) == ('random', 0.3)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            {'data__placement': 'stream'},
+            "'digits' is read into memory as a whole: .*folder, captioned_folder, npz, tfds",
+        ),
+        ({'data__crop': 'random'}, "option of dataset 'digits': 'crop'"),
+        ({'data__tfds_name': 'flowers'}, "option of dataset 'digits': 'tfds_name'"),
+        ({'data__name': 'digit', 'data__placement': 'stream'}, "Did you mean 'digits'"),
+    ],
+)
+def test_options_that_a_set_has_not_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        load_data(load_config(**{'data__name': 'digits'} | changes))
