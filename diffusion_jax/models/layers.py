@@ -52,6 +52,20 @@ def dense(features_in: int, features_out: int, *, dtype, rngs, init=DEFAULT_INIT
     return nnx.Linear(features_in, features_out, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
+def space_to_channels(x: Float[Array, 'B H W C'], size: int) -> Float[Array, 'B h w D']:
+    """Squares of size x size pixels as the channels of one position: D = size^2 C."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height // size, width // size, size * size * channels)
+
+
+def channels_to_space(x: Float[Array, 'B h w D'], size: int) -> Float[Array, 'B H W C']:
+    """The inverse of `space_to_channels`."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height * size, width * size, channels // size**2)
+
+
 class GroupNorm(nnx.Module):
     """Group normalisation (Wu & He 2018) in float32 whatever the input.
 

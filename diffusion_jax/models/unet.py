@@ -16,9 +16,11 @@ from diffusion_jax.models.layers import (
     ResBlock,
     SelfAttention,
     Upsample,
+    channels_to_space,
     conv,
     dense,
     sinusoidal_embedding,
+    space_to_channels,
 )
 from diffusion_jax.models.partition import split_batch
 from diffusion_jax.registry import lookup
@@ -70,6 +72,8 @@ class UNet(nnx.Module):
       channel_multipliers: width of each level, in units of `channels`.
       num_res_blocks: ResBlocks per level on the way down; one more on the way up.
       attention_resolutions: resolutions of the levels whose every ResBlock is followed by self-attention.
+      patch_size: squares of this many pixels a side become the channels of one position, and the first level has
+        resolution / patch_size positions a side (Luhman & Luhman 2022): less work, at some cost in detail.
       middle_attention: attention between the two ResBlocks of the middle.
       num_heads: attention heads. `head_channels`, if given, sets channels per head instead.
       dropout: rate, inside every ResBlock.
@@ -93,6 +97,7 @@ class UNet(nnx.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (16,),
+        patch_size: int = 1,
         middle_attention: bool = True,
         num_heads: int = 1,
         head_channels: int | None = None,
@@ -113,6 +118,7 @@ class UNet(nnx.Module):
             channel_multipliers=channel_multipliers,
             num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions,
+            patch_size=patch_size,
             num_heads=num_heads,
             head_channels=head_channels,
             dropout=dropout,
@@ -121,6 +127,7 @@ class UNet(nnx.Module):
             dtype=dtype,
         )
         self.resolution = resolution
+        self.patch_size = patch_size
         self.channels = channels
         self.num_classes = num_classes
         self.dtype = DTYPES[dtype]
@@ -144,7 +151,7 @@ class UNet(nnx.Module):
             return SelfAttention(features, num_heads=features // head_channels if head_channels else num_heads, **make)
 
         def block(features_in: int, features_out: int, level: int) -> Block:
-            attends = resolution >> level in attention_at
+            attends = resolution // patch_size >> level in attention_at
             return Block(res_block(features_in, features_out), attention(features_out) if attends else None)
 
         def down(features: int) -> nnx.Module:
@@ -166,7 +173,7 @@ class UNet(nnx.Module):
         self.label = (
             nnx.Embed(num_classes + 1, embedding_features, dtype=self.dtype, rngs=rngs) if num_classes else None
         )
-        self.conv_in = conv(image_channels, channels, 3, dtype=self.dtype, rngs=rngs)
+        self.conv_in = conv(image_channels * patch_size**2, channels, 3, dtype=self.dtype, rngs=rngs)
 
         widths = [channels * multiplier for multiplier in channel_multipliers]
         features = channels
@@ -197,7 +204,7 @@ class UNet(nnx.Module):
         self.up = nnx.List(levels)
 
         self.norm_out = GroupNorm(features, num_groups, rngs=rngs)
-        channels_out = image_channels * (1 + learned_variance)
+        channels_out = image_channels * (1 + learned_variance) * patch_size**2
         self.conv_out = conv(features, channels_out, 3, dtype=jnp.float32, rngs=rngs, init=ZERO_INIT)
 
     def __call__(
@@ -219,9 +226,11 @@ class UNet(nnx.Module):
             raise UsageError(
                 f'this U-Net has num_classes={self.num_classes}: it {"needs a" if label is None else "takes no"} label.'
             )
-        factor = 2 ** (len(self.down) - 1)
+        halvings = len(self.down) - 1
+        factor = self.patch_size * 2**halvings
         if x.shape[1] % factor or x.shape[2] % factor:
-            raise UsageError(f'images of {x.shape[1]}x{x.shape[2]} cannot be halved {len(self.down) - 1} times.')
+            patches = '' if self.patch_size == 1 else f'cut in patches of {self.patch_size} and '
+            raise UsageError(f'images of {x.shape[1]}x{x.shape[2]} cannot be {patches}halved {halvings} times.')
         num_blocks = 0
 
         def run(module, x):
@@ -239,7 +248,7 @@ class UNet(nnx.Module):
             embedding = embedding + self.label(label)
         embedding = split_batch(embedding)
 
-        h = split_batch(self.conv_in(x.astype(self.dtype)))
+        h = split_batch(self.conv_in(space_to_channels(x.astype(self.dtype), self.patch_size)))
         skips = [h]
         for level in self.down:
             for block in level.blocks:
@@ -254,7 +263,7 @@ class UNet(nnx.Module):
                 h = run(block, jnp.concatenate([h, skips.pop()], axis=-1))
             if level.resample is not None:
                 h = run(level.resample, h)
-        return self.conv_out(jax.nn.silu(self.norm_out(h)))
+        return channels_to_space(self.conv_out(jax.nn.silu(self.norm_out(h))), self.patch_size)
 
 
 def check_unet(
@@ -264,6 +273,7 @@ def check_unet(
     channel_multipliers: Sequence[int],
     num_res_blocks: int,
     attention_resolutions: Sequence[int],
+    patch_size: int,
     num_heads: int,
     head_channels: int | None,
     dropout: float,
@@ -282,6 +292,9 @@ def check_unet(
         )
     if not 0 <= dropout < 1:
         raise UsageError(f'dropout must be in [0, 1), got {dropout}.')
+    if patch_size < 1 or resolution % patch_size:
+        raise UsageError(f'patch_size must be at least 1 and divide the resolution, {resolution}: got {patch_size}.')
+    resolution //= patch_size
     halvings = len(channel_multipliers) - 1
     if resolution < 1 or resolution % 2**halvings:
         most = max(n for n in range(32) if resolution >= 1 and resolution % 2**n == 0) if resolution >= 1 else 0

@@ -6,7 +6,14 @@ from flax import nnx
 
 from diffusion_jax import UsageError
 from diffusion_jax.models import UNet, count_params, functional, split
-from diffusion_jax.models.layers import GroupNorm, SelfAttention, dropout, sinusoidal_embedding
+from diffusion_jax.models.layers import (
+    GroupNorm,
+    SelfAttention,
+    channels_to_space,
+    dropout,
+    sinusoidal_embedding,
+    space_to_channels,
+)
 
 TINY = {
     'resolution': 8,
@@ -58,6 +65,7 @@ def test_ddpm_cifar10_has_the_published_35_7_million_parameters():
         {'image_channels': 3},
         {'num_classes': 10},
         {'learned_variance': True, 'image_channels': 3},
+        {'patch_size': 2, 'learned_variance': True, 'image_channels': 3, 'attention_resolutions': (2,)},
     ],
 )
 def test_every_option_gives_a_network_of_the_right_shape_in_which_every_parameter_matters(changes):
@@ -212,11 +220,22 @@ def test_split_of_a_module_is_the_module():
     np.testing.assert_array_equal(jnp.asarray(apply(params, x, jnp.zeros(2))), model(x, jnp.zeros(2)))
 
 
+def test_a_patch_is_the_channels_of_one_position():
+    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    patches = space_to_channels(x, 2)
+    np.testing.assert_array_equal(patches[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
+    np.testing.assert_array_equal(channels_to_space(patches, 2), x)
+
+
 def test_the_network_takes_images_of_another_size_that_halves():
     shapes, apply = make()
     assert apply(random_params(shapes), jnp.ones((1, 16, 12, 1)), jnp.zeros(1)).shape == (1, 16, 12, 1)
     with pytest.raises(UsageError, match='9x8 cannot be halved'):
         apply(random_params(shapes), jnp.ones((1, 9, 8, 1)), jnp.zeros(1))
+    shapes, apply = make(patch_size=2)
+    assert apply(random_params(shapes), jnp.ones((1, 16, 12, 1)), jnp.zeros(1)).shape == (1, 16, 12, 1)
+    with pytest.raises(UsageError, match='10x8 cannot be cut in patches of 2 and halved 1 times'):
+        apply(random_params(shapes), jnp.ones((1, 10, 8, 1)), jnp.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +251,8 @@ def test_the_network_takes_images_of_another_size_that_halves():
         ({'head_channels': 5}, 'head_channels=5 does not divide'),
         ({'channels': 0}, 'even number of channels'),
         ({'channel_multipliers': ()}, 'at least one channel multiplier'),
+        ({'patch_size': 3}, 'patch_size must be at least 1 and divide the resolution, 8: got 3'),
+        ({'patch_size': 2, 'attention_resolutions': (8,)}, r'levels .* at \[4, 2\]'),
         ({'dropout': 1.0}, r'dropout must be in \[0, 1\)'),
     ],
 )
