@@ -1,7 +1,8 @@
-"""Train a diffusion model, sample from it, or score it.
+"""Train a diffusion model, sample from it, score it, or write it as one file.
 
   python main.py --config=configs/digits.py --workdir=runs/digits
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample --config.sample.labels=3
+  python main.py --mode=sample --config.init_from=pretrained:fashion_mnist    (a model that ships: no training)
 
 Any key of the config can be set on the command line: --config.KEY=VALUE.
 """

@@ -1,6 +1,6 @@
 """Fashion-MNIST at 28x28, class-conditional: the model that ships, trained on a laptop's CPU.
 
-    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 """
 
 from diffusion_jax.config import default_config

@@ -1,7 +1,20 @@
 """Diffusion models in JAX and Flax: schedules, losses, samplers, networks and training, as functions and data."""
 
-from diffusion_jax import data, denoisers, guidance, losses, models, oracles, process, samplers, schedules, vlb
+from diffusion_jax import (
+    data,
+    denoisers,
+    guidance,
+    losses,
+    models,
+    oracles,
+    pipelines,
+    process,
+    samplers,
+    schedules,
+    vlb,
+)
 from diffusion_jax.errors import SamplingDiverged, TrainingDiverged, UsageError
+from diffusion_jax.pipelines import pretrained
 
 __version__ = '0.1.0'
 
@@ -15,6 +28,8 @@ __all__ = [
     'losses',
     'models',
     'oracles',
+    'pipelines',
+    'pretrained',
     'process',
     'samplers',
     'schedules',

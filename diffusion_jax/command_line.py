@@ -40,7 +40,13 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
     evaluate(config, workdir)
 
 
-MODES: dict[str, Mode] = {'train': _train, 'sample': _sample, 'evaluate': _evaluate}
+def _export(config: ConfigDict, workdir: str) -> None:
+    from diffusion_jax.pipelines.workdir import export
+
+    export(config, workdir)
+
+
+MODES: dict[str, Mode] = {'train': _train, 'sample': _sample, 'evaluate': _evaluate, 'export': _export}
 
 
 def start(
@@ -105,7 +111,21 @@ class _AboveTheBar(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _completed(argv: list[str]) -> list[str]:
+    """With a pretrained model's name, its config file and a workdir need not be named."""
+    source = _value(argv, 'config.init_from') or ''
+    if not source.startswith('pretrained:') or (_value(argv, 'mode') or 'train') == 'train':
+        return argv
+    name = source.removeprefix('pretrained:')
+    if not _value(argv, 'config') and Path(f'configs/{name}.py').is_file():
+        argv = [argv[0], f'--config=configs/{name}.py', *argv[1:]]
+    if not _value(argv, 'workdir'):
+        argv = [*argv, f'--workdir=runs/pretrained_{name}']
+    return argv
+
+
 def _parse(argv: list[str]) -> list[str]:
+    argv = _completed(argv)
     if not any(arg.lstrip('-').split('=')[0] in ('help', 'helpfull', 'helpshort') for arg in argv[1:]):
         _check(argv)
     try:

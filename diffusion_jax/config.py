@@ -30,6 +30,7 @@ def default_config() -> ConfigDict:
     """All keys. The model's resolution, image channels and number of classes come from the data."""
     config = ConfigDict()
     config.seed = 0
+    config.init_from = placeholder(str)  # a model to begin from: pretrained:NAME, a .safetensors file, a run's folder
 
     config.data = ConfigDict(
         {
@@ -107,11 +108,18 @@ def default_config() -> ConfigDict:
     )
     config.evaluate = ConfigDict(
         {
-            'evaluators': ('class_agreement', 'nearest_neighbour'),  # of evaluation.EVALUATORS
+            'evaluators': ('nearest_neighbour',),  # of evaluation.EVALUATORS
             'num': 1000,  # samples, drawn as config.sample says
+            'features': 'auto',  # the shipped classifier of these data; or one of evaluation.features.FEATURES
+            'weights': placeholder(str),  # the file of features 'inception' and 'classifier'
+            'reference': 'train',  # real images that samples are held against, or 'test', or an .npz of statistics
+            'num_likelihood': 64,  # test images, for bits_per_dim
             'after_training': True,
+            'every': 0,  # steps between scores during training; 0: none
+            'num_during_training': 500,  # samples for these
         }
     )
+    config.export_dtype = 'float32'  # of --mode=export, or 'float16'
     return config.lock()
 
 
@@ -130,6 +138,7 @@ FROM_DATA = ('resolution', 'image_channels', 'num_classes')
 FREE_TO_CHANGE = (
     'sample.',
     'evaluate.',
+    'export_dtype',
     'data.dir',
     'data.placement',
     'data.workers',

@@ -174,7 +174,10 @@ def check_same_run(config: ConfigDict, workdir: str | Path) -> DataInfo | None:
     record = read_record(workdir)
     if record is None:
         return None
-    changed = differences(config.to_dict(), record[0])
+    asked = config.to_dict()
+    if not asked['init_from']:  # a run that has begun needs it no more
+        asked['init_from'] = record[0]['init_from']
+    changed = differences(asked, record[0])
     if changed:
         raise UsageError(
             f'{workdir} holds a run of another config. It differs in (run -> asked for): {"; ".join(changed)}. '

@@ -4,14 +4,14 @@ import os
 
 os.environ.setdefault('XLA_FLAGS', f'--xla_force_host_platform_device_count={os.cpu_count()}')  # 1.3 x on two cores
 
-from pathlib import Path  # noqa: E402  (after the environment is set)
-from typing import Any  # noqa: E402
+from pathlib import Path
+from typing import Any
 
-from ml_collections import ConfigDict  # noqa: E402
+from ml_collections import ConfigDict
 
-from diffusion_jax.config import default_config  # noqa: E402
-from diffusion_jax.training.checkpoints import Checkpoints  # noqa: E402
-from diffusion_jax.training.train import train  # noqa: E402
+from diffusion_jax.config import default_config
+from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.train import train
 
 RUNS = Path('runs/studies')
 

@@ -83,6 +83,15 @@ class ImageSet:
         """Itself."""
         return self
 
+    def load(self, rows: np.ndarray) -> 'ImageSet':
+        """Some of the images."""
+        return ImageSet(
+            self.images[rows],
+            None if self.labels is None else self.labels[rows],
+            self.class_names,
+            None if self.captions is None else tuple(self.captions[row] for row in rows),
+        )
+
 
 class Splits(NamedTuple):
     """The images to train on and those held out."""

@@ -1,42 +1,136 @@
-"""Evaluators: named in the config, each a module with `check(splits)` and `evaluate(samples, splits) -> Result`."""
+"""Scores of samples, by evaluators that a config names."""
 
 import json
 import logging
+import platform
 import shutil
 import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.compilation import use_cache
 from diffusion_jax.data import Splits
 from diffusion_jax.distributed import is_writer
 from diffusion_jax.errors import UsageError
-from diffusion_jax.evaluation import class_agreement, nearest_neighbour
-from diffusion_jax.evaluation.result import Result
-from diffusion_jax.experiment import check_same_run, load_data
+from diffusion_jax.evaluation.bits_per_dim import BitsPerDim
+from diffusion_jax.evaluation.class_agreement import ClassAgreement
+from diffusion_jax.evaluation.frechet_distance import FrechetDistance
+from diffusion_jax.evaluation.inception_score import InceptionScoreEvaluator
+from diffusion_jax.evaluation.kernel_distance import KernelDistanceEvaluator
+from diffusion_jax.evaluation.nearest_neighbour import NearestNeighbour
+from diffusion_jax.evaluation.precision_recall import PrecisionRecall
+from diffusion_jax.evaluation.report import write_report
+from diffusion_jax.evaluation.result import Evaluator, Result
+from diffusion_jax.evaluation.setting import Setting, setting_of
+from diffusion_jax.experiment import info_of, load_data
 from diffusion_jax.images import save_png
-from diffusion_jax.pipelines.images import ImagePipeline
-from diffusion_jax.pipelines.workdir import check_sampling, fingerprint, load_pipeline, sample_in_parts
+from diffusion_jax.pipelines.images import ImagePipeline, Samples
+from diffusion_jax.pipelines.workdir import (
+    check_sampling,
+    fingerprint,
+    load_pipeline_for,
+    sample_as_configured,
+    stream_in_parts,
+)
 from diffusion_jax.registry import lookup
 from diffusion_jax.training.sharding import make_mesh
 
 LOGGER = logging.getLogger(__name__)
 
-EVALUATORS: dict[str, ModuleType] = {
-    'class_agreement': class_agreement,
-    'nearest_neighbour': nearest_neighbour,
+EVALUATORS: dict[str, type[Evaluator]] = {
+    'bits_per_dim': BitsPerDim,
+    'class_agreement': ClassAgreement,
+    'frechet_distance': FrechetDistance,
+    'inception_score': InceptionScoreEvaluator,
+    'kernel_distance': KernelDistanceEvaluator,
+    'nearest_neighbour': NearestNeighbour,
+    'precision_recall': PrecisionRecall,
 }
 
+__all__ = ['EVALUATORS', 'Result', 'Setting', 'check_evaluators', 'evaluate', 'evaluate_pipeline', 'score']
 
-def check_evaluators(section: ConfigDict, splits: Splits, num_classes: int) -> None:
+
+def score(samples: Samples | Iterable[Samples], setting: Setting, evaluators: Sequence[str]) -> Result:
+    """What the evaluators of these names say of samples, `setting.num` of them, which may come batch by batch.
+
+        samples = pipeline(1000, guidance_scale=2.0)
+        setting = Setting(data.load('fashion_mnist'), pipeline.class_names, num=1000)
+        scores = score(samples, setting, ['frechet_distance', 'class_agreement']).scores
+
+    In several processes all call this; the writer alone has the result, and the others one that is empty.
+
+    Raises:
+      UsageError: an unknown name, what an evaluator needs is not there, samples that are not as the real images are,
+        or another number of them.
+    """
+    chosen = [lookup('evaluator', EVALUATORS, name) for name in evaluators]
+    for kind in chosen:
+        kind.check(setting)
+    at_work = [kind(setting) for kind in chosen] if is_writer() else []
+    with_features = any(evaluator.needs_features for evaluator in at_work)
+    count = 0
+    for batch in [samples] if isinstance(samples, Samples) else samples:
+        if not is_writer():
+            continue
+        _check_images(batch.images, setting)
+        count += len(batch.images)
+        read = setting.read(batch.images, batch.labels, with_features)
+        for evaluator in at_work:
+            evaluator.update(read)
+    if is_writer() and count != setting.num:
+        raise UsageError(f'{count} samples came, and the setting says num={setting.num}.')
+    scores: dict[str, Any] = {}
+    pictures: dict[str, np.ndarray] = {}
+    for index, kind in enumerate(chosen):
+        if is_writer() or kind.needs_model:
+            result = (at_work[index] if is_writer() else kind(setting)).result()
+            scores |= result.scores
+            pictures |= result.pictures
+    return Result(scores, pictures) if is_writer() else Result({}, {})
+
+
+def _check_images(images: Any, setting: Setting) -> None:
+    shape = setting.splits.train.image_shape
+    if images.dtype != np.uint8:
+        bad = '' if np.isfinite(images).all() else ' with NaN or inf among them'
+        raise UsageError(f'samples must be uint8, got {images.dtype}{bad}: `images.to_uint8` rounds finite ones.')
+    if images.shape[1:] != tuple(shape):
+        raise UsageError(
+            f'samples of shape {images.shape[1:]} cannot be held against real images of shape {tuple(shape)}: set '
+            'data.resolution to that of the samples.'
+        )
+
+
+def check_evaluators(config: ConfigDict, splits: Splits, pipeline: ImagePipeline) -> None:
     """A `UsageError` if what a config's `evaluate` section names cannot be done with these data and this model."""
-    if section.num < 1:
-        raise UsageError(f'evaluate.num must be at least 1, got {section.num}.')
-    for name in section.evaluators:
-        lookup('evaluator', EVALUATORS, name).check(splits, num_classes)
+    section = config.evaluate
+    if section.every < 0:
+        raise UsageError(f'evaluate.every must be 0 (never) or more, got {section.every}.')
+    sizes = {'num': section.num} | ({'num_during_training': section.num_during_training} if section.every else {})
+    for key, num in sizes.items():
+        try:
+            setting = setting_of(section, splits, pipeline.class_names, num=num, pipeline=pipeline)
+            for name in section.evaluators:
+                lookup('evaluator', EVALUATORS, name).check(setting)
+        except UsageError as error:
+            raise UsageError(str(error).replace('evaluate.num=', f'evaluate.{key}=')) from None
+
+
+def evaluate_during_training(
+    pipeline: ImagePipeline, splits: Splits, config: ConfigDict, workdir: str | Path
+) -> dict[str, float]:
+    """The numbers that `config.evaluate.num_during_training` samples are given; {} in all processes but the writer."""
+    num = config.evaluate.num_during_training
+    setting = setting_of(
+        config.evaluate, splits, pipeline.class_names, num=num, pipeline=pipeline, cache=Path(workdir) / 'cache'
+    )
+    scores = score(sample_as_configured(pipeline, config.sample, num), setting, config.evaluate.evaluators).scores
+    return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
 
 
 def evaluate_pipeline(
@@ -44,23 +138,42 @@ def evaluate_pipeline(
 ) -> dict[str, Any]:
     """Draws `config.evaluate.num` samples as `config.sample` says, scores them, and writes it all to the workdir.
 
+    The samples are kept in the workdir batch by batch until they are scored: killed and called again, it goes on.
+
     Returns:
       What `evaluation.json` then holds: the scores, and what is needed to repeat them. Of several processes one scores
       and writes; the others return {}.
     """
     began = time.perf_counter()
-    parts = Path(workdir) / 'evaluation' / f'step{step}_{fingerprint(config.sample)}.parts'
-    samples = sample_in_parts(pipeline, config.sample, config.evaluate.num, parts)
+    workdir, section = Path(workdir), config.evaluate
+    setting = setting_of(section, splits, pipeline.class_names, pipeline=pipeline, cache=workdir / 'cache')
+    parts = workdir / 'evaluation' / f'step{step}_{fingerprint(config.sample, config.init_from)}.parts'
+    samples = stream_in_parts(pipeline, config.sample, section.num, parts)
+    result = score(samples, setting, section.evaluators)
     if not is_writer():
         return {}
-    report = {'step': step, 'num': config.evaluate.num, 'sample': config.sample.to_dict(), 'scores': {}}
-    for name in config.evaluate.evaluators:
-        result: Result = EVALUATORS[name].evaluate(samples, splits)
-        report['scores'] |= result.scores
-        for label, picture in result.pictures.items():
-            save_png(Path(workdir) / 'evaluation' / f'{label}.png', picture)
-    report['seconds'] = round(time.perf_counter() - began, 1)
-    (Path(workdir) / 'evaluation.json').write_text(json.dumps(report, indent=1) + '\n')
+    for label, picture in result.pictures.items():
+        save_png(workdir / 'evaluation' / f'{label}.png', picture)
+    needs_features = any(EVALUATORS[name].needs_features for name in section.evaluators)
+    network = setting.features() if needs_features else None
+    report = {
+        'scores': result.scores,
+        'step': step,
+        'ema': config.sample.ema,
+        'num': section.num,
+        'sample': config.sample.to_dict(),
+        'features': None if network is None else {'name': network.name, 'sha256': network.sha256},
+        'reference': {'name': section.reference, 'train': len(splits.train), 'test': len(splits.test)},
+        'seconds': round(time.perf_counter() - began, 1),
+        'devices': f'{pipeline.mesh.size} x {pipeline.mesh.devices.flat[0].device_kind}',
+        'versions': {'python': platform.python_version()}
+        | {name: version(name) for name in ('jax', 'flax', 'numpy', 'scikit-learn')},
+        'config': config.to_dict(),
+    }
+    path = workdir / 'evaluation.json'
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(report, indent=1) + '\n')
+    part.replace(path)
     shutil.rmtree(parts, ignore_errors=True)
     for name, value in report['scores'].items():
         if not isinstance(value, dict):
@@ -69,11 +182,18 @@ def evaluate_pipeline(
 
 
 def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """`--mode=evaluate`: scores the checkpoint that `config.sample.checkpoint` names; writes `evaluation.json`."""
-    check_same_run(config, workdir)
-    pipeline, step = load_pipeline(workdir, config.sample.checkpoint, config.sample.ema, make_mesh(config.mesh))
+    """`--mode=evaluate`: scores what `config.sample.checkpoint` or `config.init_from` names; writes `evaluation.json`.
+
+    The page `report.html` is written anew, too.
+    """
+    pipeline, step = load_pipeline_for(config, workdir, make_mesh(config.mesh))
     check_sampling(pipeline, config.sample)
     splits = load_data(config)
-    check_evaluators(config.evaluate, splits, pipeline.num_classes)
+    shape = info_of(splits).image_shape
+    if tuple(shape) != pipeline.image_shape:
+        raise UsageError(f'the model makes images of {pipeline.image_shape}, and the data are {tuple(shape)}.')
+    check_evaluators(config, splits, pipeline)
     use_cache(workdir)
-    return evaluate_pipeline(pipeline, splits, config, workdir, step)
+    report = evaluate_pipeline(pipeline, splits, config, workdir, step)
+    write_report(config, workdir, pipeline, step)
+    return report

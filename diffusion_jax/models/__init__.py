@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.functional import Params, count_params, functional, split
 from diffusion_jax.models.unet import UNet
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {'unet': UNet}
 
-__all__ = ['MODELS', 'Params', 'UNet', 'count_params', 'functional', 'split']
+__all__ = ['MODELS', 'Classifier', 'Params', 'UNet', 'count_params', 'functional', 'split']

@@ -1,6 +1,7 @@
 """Things that a user calls with a label: a network, a schedule and a sampler put together."""
 
 from diffusion_jax.pipelines.images import ImagePipeline, Samples
+from diffusion_jax.pipelines.model_file import pretrained
 from diffusion_jax.pipelines.workdir import load_pipeline
 
-__all__ = ['ImagePipeline', 'Samples', 'load_pipeline']
+__all__ = ['ImagePipeline', 'Samples', 'load_pipeline', 'pretrained']

@@ -99,10 +99,9 @@ def _sample(
 
     The seed is a key's data: a host array, the same in every process.
     """
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(seed), indices)
-    keys_init, keys_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    keys_init, keys_steps = _keys(seed, indices)
     if start is None:
-        x = samplers.prior(plan, keys_init, (len(keys), *model.image_shape))
+        x = samplers.prior(plan, keys_init, (len(indices), *model.image_shape))
     else:
         x = samplers.noised(plan, start, keys_init)
 
@@ -112,6 +111,25 @@ def _sample(
 
     x = on_mesh(mesh, draw)(x)
     return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
+
+
+def _keys(seed: UInt32[Array, '2'], indices: Int[Array, 'B']) -> tuple[Array, Array]:
+    """A key for each sample's first noise, and one for that of its steps: of (seed, index) alone."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(seed), indices)
+    keys_init, keys_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    return keys_init, keys_steps
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'clip', 'mesh'))
+def _trajectory(params, plan, seed, indices, labels, guided, *, model: _Model, clip: bool, mesh: Mesh):
+    keys_init, keys_steps = _keys(seed, indices)
+    x = samplers.prior(plan, keys_init, (len(indices), *model.image_shape))
+
+    def draw(x):
+        denoiser = _denoiser(model, params, labels, guided)
+        return samplers.sample_trajectory(denoiser, plan, x, keys_steps, clip=clip)
+
+    return on_mesh(mesh, draw)(x)
 
 
 class ImagePipeline:
@@ -276,9 +294,67 @@ class ImagePipeline:
             if bar is not None:
                 bar.close()
 
+    def trajectory(
+        self,
+        num: int,
+        *,
+        labels: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        solver: str = 'ddim',
+        steps: int = 50,
+        spacing: str = 'trailing',
+        final: str = 'zero',
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        seed: int = 0,
+        clip: bool = True,
+        **solver_options: Any,
+    ) -> samplers.Trajectory:
+        """The way of `num` samples from noise to image: those that a call with these settings draws.
+
+        Returns:
+          x, float [steps + 1, num, H, W, C], from the noise on, and x0, [steps, num, ...], what was predicted at each
+          step, both on the host. x is the solver's: of size alpha x0 + sigma eps.
+
+        Raises:
+          UsageError: as a call does.
+          SamplingDiverged: the network gave NaN or inf.
+        """
+        plan = self.plan(solver, steps, spacing, final=final, **solver_options)
+        self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        wanted = self.check(num, labels, guidance_scale, num)
+        guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
+        plan, guided = jax.tree.map(np.asarray, (plan, guided))
+        shards = num_batch_shards(self.mesh)
+        rows = np.arange(-(-num // shards) * shards)
+        sharding = sharded_batch(self.mesh)
+        trajectory = _trajectory(
+            self.params,
+            plan,
+            np.asarray(jax.random.key_data(jax.random.key(seed))),
+            put(rows.astype(np.int32), sharding),
+            _place(wanted, rows=rows, sharding=sharding),
+            guided,
+            model=self._model,
+            clip=clip,
+            mesh=self.mesh,
+        )
+        trajectory = jax.tree.map(lambda leaf: fetch(leaf)[:, :num], trajectory)
+        if bad := int((~np.isfinite(trajectory.x[-1]).all(axis=(1, 2, 3))).sum()):
+            raise SamplingDiverged(bad, num)
+        return trajectory
+
     @property
     def schedule(self) -> Schedule:
         return self._model.schedule
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._model.image_shape
+
+    @property
+    def learned_variance(self) -> bool:
+        return self._model.learned_variance
 
     def denoiser(self, labels: Sequence[int] | None = None, guidance_scale: float | None = None) -> Denoiser:
         """The network as a denoiser, to use with `samplers` directly: inversion, restoration, ideas of your own.
@@ -291,6 +367,10 @@ class ImagePipeline:
             raise UsageError(f'this model is conditioned on labels: give one per sample, 0..{self.num_classes - 1}.')
         wanted = None if labels is None else jnp.asarray(self.check(len(labels), labels, guidance_scale, len(labels)))
         return _denoiser(self._model, self.params, wanted, _guidance(guidance_scale))
+
+    def denoiser_of(self, params: Any, labels: Int[Array, 'B'] | None = None) -> Denoiser:
+        """As `denoiser`, without guidance, of traced parameters and labels: for use inside a jitted function."""
+        return _denoiser(self._model, params, labels, None)
 
     def plan(self, solver: str, steps: int, spacing: str, **options: Any) -> samplers.Plan:
         """The solver on its grid, for the schedule of this model; options are those of `samplers.plan`."""

@@ -6,6 +6,7 @@ import logging
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,16 @@ from diffusion_jax.compilation import use_cache
 from diffusion_jax.config import solver_options
 from diffusion_jax.distributed import is_writer
 from diffusion_jax.errors import UsageError
-from diffusion_jax.experiment import Experiment, check_same_run, make_experiment, read_record
+from diffusion_jax.experiment import check_same_run, make_experiment, read_record
 from diffusion_jax.images import grid, save_png
 from diffusion_jax.pipelines.images import ImagePipeline, Samples, parse_labels, save_npz
+from diffusion_jax.pipelines.model_file import load_source, pipeline_of, save_model
 from diffusion_jax.training.checkpoints import Checkpoints
-from diffusion_jax.training.sharding import make_mesh, param_shardings, with_shardings
+from diffusion_jax.training.sharding import fetch, make_mesh, param_shardings, with_shardings
 
 LOGGER = logging.getLogger(__name__)
 
 SHOWN = 400  # samples, in a picture; all are in the .npz
-
-
-def pipeline_of(experiment: Experiment, params: Any, mesh: Mesh | None = None) -> ImagePipeline:
-    """An experiment's network with these parameters, ready to sample."""
-    return ImagePipeline(
-        experiment.apply,
-        params,
-        experiment.schedule,
-        experiment.prediction,
-        experiment.data.image_shape,
-        experiment.data.class_names if experiment.num_classes else (),
-        mesh,
-        experiment.learned_variance,
-    )
 
 
 def load_pipeline(
@@ -94,21 +82,37 @@ def sample_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, part
     """As `sample_as_configured`, each batch kept in the folder `parts`: killed and called again, it goes on.
 
     The folder is for the caller to remove, once the samples are safe elsewhere. It is not made for a single batch.
+    In a process that does not write, the samples that had been kept are left out.
     """
+    batches = list(stream_in_parts(pipeline, section, num, parts))
+    if not batches:
+        return Samples(np.empty((0, *pipeline.image_shape), np.uint8), None)
+    labels = None if batches[0].labels is None else np.concatenate([batch.labels for batch in batches])
+    return Samples(np.concatenate([batch.images for batch in batches]), labels)
+
+
+def stream_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, parts: Path) -> Iterator[Samples]:
+    """As `sample_in_parts`, batch by batch: more samples than memory holds."""
     if num <= section.batch_size and not parts.exists():
-        return sample_as_configured(pipeline, section, num)
-    done = _read_parts(parts)
-    first = _of_process_0(sum(len(batch.images) for batch in done))
+        yield sample_as_configured(pipeline, section, num)
+        return
+    kept = _read_parts(parts) if is_writer() else []
+    first = _of_process_0(sum(count for _, count in kept))
     if first:
         LOGGER.info('going on after the %d samples that are in %s', first, parts)
+    left = num
+    for path, _ in kept:
+        batch = _read_part(path)
+        some = Samples(batch.images[:left], None if batch.labels is None else batch.labels[:left])
+        left -= len(some.images)
+        if len(some.images):
+            yield some
     if first < num:
         for batch in pipeline.batches(num, first=first, **_settings(section)):
             if is_writer():
                 save_part(parts, first, batch)
-            done.append(batch)
             first += len(batch.images)
-    labels = None if done[0].labels is None else np.concatenate([batch.labels for batch in done])[:num]
-    return Samples(np.concatenate([batch.images for batch in done])[:num], labels)
+            yield batch
 
 
 def save_part(parts: Path, first: int, batch: Samples) -> None:
@@ -120,19 +124,23 @@ def save_part(parts: Path, first: int, batch: Samples) -> None:
     unfinished.replace(path)
 
 
-def _read_parts(parts: Path) -> list[Samples]:
-    """The batches in a folder from sample 0 on, up to the first that is missing or cannot be read."""
-    batches, first = [], 0
+def _read_part(path: Path) -> Samples:
+    with np.load(path) as arrays:
+        return Samples(arrays['images'], arrays.get('labels'))
+
+
+def _read_parts(parts: Path) -> list[tuple[Path, int]]:
+    """The (file, number of samples) of the batches in a folder, up to the first that is missing or cannot be read."""
+    kept, first = [], 0
     while (path := parts / f'{first:08}.npz').exists():
         try:
-            with np.load(path) as arrays:
-                batch = Samples(arrays['images'], arrays.get('labels'))
+            count = len(_read_part(path).images)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError):
             LOGGER.warning('%s cannot be read: these samples are drawn again.', path)
             break
-        batches.append(batch)
-        first += len(batch.images)
-    return batches
+        kept.append((path, count))
+        first += count
+    return kept
 
 
 def _of_process_0(number: int) -> int:
@@ -157,9 +165,10 @@ def picture_of(samples: Samples, num_classes: int) -> Any:
     return grid(samples.images[:SHOWN], columns=num_classes if in_turn else None)
 
 
-def fingerprint(section: ConfigDict) -> str:
+def fingerprint(section: ConfigDict, init_from: str | None = None) -> str:
     """A short name for all that decides what sample i looks like (its batch and how many there are do not)."""
     settings = {key: value for key, value in section.items() if key not in ('num', 'batch_size', 'checkpoint')}
+    settings |= {'init_from': init_from} if init_from else {}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -188,15 +197,26 @@ def _file_name(section: ConfigDict, step: int) -> str:
     return '_'.join(words)
 
 
+def load_pipeline_for(config: ConfigDict, workdir: str | Path, mesh: Mesh) -> tuple[ImagePipeline, int]:
+    """(pipeline, step) of what a command is about: the workdir's run, or where there is none, `config.init_from`.
+
+    Raises:
+      UsageError: there is neither, or it is of another config.
+    """
+    if config.init_from and read_record(workdir) is None:
+        return load_source(config, mesh)
+    check_same_run(config, workdir)
+    return load_pipeline(workdir, config.sample.checkpoint, config.sample.ema, mesh)
+
+
 def sample(config: ConfigDict, workdir: str | Path) -> Path:
     """`--mode=sample`: writes a PNG grid, and images and labels as `.npz`, to `workdir/samples`; returns the PNG."""
-    check_same_run(config, workdir)
     section = config.sample
-    pipeline, step = load_pipeline(workdir, section.checkpoint, section.ema, make_mesh(config.mesh))
+    pipeline, step = load_pipeline_for(config, workdir, make_mesh(config.mesh))
     check_sampling(pipeline, section)
     use_cache(workdir)
     path = Path(workdir) / 'samples' / f'{_file_name(section, step)}.png'
-    parts = path.with_suffix('.parts')
+    parts = path.parent / f'{path.stem}_{fingerprint(section, config.init_from)}.parts'
     samples = sample_in_parts(pipeline, section, section.num, parts)
     if is_writer():
         settings = {name: value for name, value in section.items() if name != 'labels' and value is not None}
@@ -204,4 +224,22 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
         save_npz(path.with_suffix('.npz'), samples, step=step, **settings)
         shutil.rmtree(parts, ignore_errors=True)
     LOGGER.info('%d images of step %d: %s and .npz', section.num, step, path)
+    return path
+
+
+def export(config: ConfigDict, workdir: str | Path) -> Path:
+    """`--mode=export`: writes the run's parameters and config as one file, `workdir/model.safetensors`; returns it.
+
+    `config.sample` says which checkpoint, and whether the averaged or the raw parameters.
+    """
+    record = read_record(workdir)
+    if record is None:
+        raise UsageError(f'no run in {workdir} to export. Train first: the same command with --mode=train.')
+    check_same_run(config, workdir)
+    pipeline, step = load_pipeline(workdir, config.sample.checkpoint, config.sample.ema, make_mesh(config.mesh))
+    params = jax.tree.map(fetch, pipeline.params)
+    path = Path(workdir) / 'model.safetensors'
+    if is_writer():
+        save_model(path, params, ConfigDict(record[0]), record[1], step, config.sample.ema, config.export_dtype)
+    LOGGER.info('step %d: %s', step, path)
     return path

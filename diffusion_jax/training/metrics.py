@@ -126,22 +126,52 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_curves(workdir: str | Path) -> Path:
-    """Writes `curves.png`: training and held-out loss against the step, on logarithmic axes."""
+LOSSES = ('loss', 'held_out_loss')
+SCORES = (
+    'bits_per_dim',
+    'class_agreement',
+    'frechet_distance',
+    'inception_score',
+    'kernel_distance',
+    'near_copies',
+    'precision',
+    'recall',
+)
+"""Scores of `evaluate.every` that are drawn."""
+
+
+def curves_figure(rows: list[dict[str, Any]]) -> Any:
+    """A matplotlib figure: losses against the step, on logarithmic axes, and a panel a score (`evaluate.every`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(workdir)
-    figure = Figure(figsize=(7, 4), layout='constrained')
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name in SCORES]
+    columns = min(2, 1 + len(names))
+    panels = -(-(1 + len(names)) // columns)
+    figure = Figure(
+        figsize=(7 if columns == 1 else 10, 4 * panels if columns == 1 else 3.4 * panels), layout='constrained'
+    )
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, style in (('loss', '-'), ('held_out_loss', 'o-')):
+    axes = figure.subplots(panels, columns, squeeze=False).ravel()
+    for name, style in zip(LOSSES, ('-', 'o-'), strict=True):
         points = [(row['step'], row[name]) for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name.replace('_', ' '), markersize=4)
-    axes.set(xlabel='step', ylabel='loss', xscale='log', yscale='log')
-    axes.legend()
-    axes.grid(alpha=0.3, which='both')
+            axes[0].plot(*zip(*points, strict=True), style, label=name.replace('_', ' '), markersize=4)
+    axes[0].set(xlabel='step', ylabel='loss', xscale='log', yscale='log')
+    axes[0].legend()
+    for panel, name in zip(axes[1:], names, strict=False):
+        points = [(row['step'], row[name]) for row in rows if name in row]
+        panel.plot(*zip(*points, strict=True), 'o-', markersize=4)
+        panel.set(xlabel='step', ylabel=name.replace('_', ' '))
+    for panel in axes[: 1 + len(names)]:
+        panel.grid(alpha=0.3, which='both')
+    for panel in axes[1 + len(names) :]:
+        panel.set_axis_off()
+    return figure
+
+
+def plot_curves(workdir: str | Path) -> Path:
+    """Writes `curves.png` (`curves_figure`)."""
     path = Path(workdir) / 'curves.png'
-    figure.savefig(path, dpi=110)
+    curves_figure(read_metrics(workdir)).savefig(path, dpi=110)
     return path

@@ -1,11 +1,13 @@
 """Training, from top to bottom."""
 
+import dataclasses
 import functools
 import logging
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,11 +17,13 @@ from diffusion_jax.compilation import memory_report, use_cache
 from diffusion_jax.data.batches import Batches
 from diffusion_jax.distributed import Interruption, is_writer
 from diffusion_jax.errors import Interrupted, SamplingDiverged, TrainingDiverged, UsageError
-from diffusion_jax.evaluation import check_evaluators, evaluate_pipeline
+from diffusion_jax.evaluation import check_evaluators, evaluate_during_training, evaluate_pipeline
+from diffusion_jax.evaluation.report import write_report
 from diffusion_jax.experiment import check_same_run, info_of, load_data, make_experiment, write_record
 from diffusion_jax.images import save_png
 from diffusion_jax.models import count_params
-from diffusion_jax.pipelines.workdir import check_sampling, picture_of, pipeline_of, sample_as_configured
+from diffusion_jax.pipelines.model_file import load_init, pipeline_of
+from diffusion_jax.pipelines.workdir import check_sampling, picture_of, sample_as_configured
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.metrics import MetricsWriter, RunningMetrics, SilentWriter, plot_curves
 from diffusion_jax.training.optimizer import make_optimizer
@@ -92,7 +96,8 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     )
     batches, held_out = make_batches(splits.train), make_batches(splits.test)
     check_sampling(pipeline_of(experiment, {}, mesh), config.sample)
-    check_evaluators(config.evaluate, splits, experiment.num_classes)
+    check_evaluators(config, splits, pipeline_of(experiment, {}, mesh))
+    begins_with = load_init(config, mesh)[1] if config.init_from else None
 
     # --- the state, created where it lives; the newest checkpoint, if there is one ------------------------------------
     if is_writer():
@@ -111,6 +116,9 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
         state, start, notes = checkpoints.restore(shapes)
     else:
         state, start, notes = jax.jit(create, out_shardings=shardings)(), 0, {}
+        if begins_with is not None:
+            params, ema = (jax.device_put(begins_with, part) for part in (shardings.params, shardings.ema))
+            state = dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, ema))
     if start % per_dispatch:
         raise UsageError(
             f'the newest checkpoint is of step {start}: go on from there with a train.steps_per_dispatch that divides '
@@ -125,7 +133,11 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
         count_params(state.params) / 1e6,
         bytes_per_device(state) / 2**20,
         description_of(mesh),
-        f'resumed at step {start}' if resumed else 'a new run',
+        f'resumed at step {start}'
+        if resumed
+        else f'a new run from {config.init_from}'
+        if config.init_from
+        else 'a new run',
     )
 
     # --- the step, compiled before the loop ---------------------------------------------------------------------------
@@ -227,7 +239,17 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
                         if is_writer():
                             save_png(workdir / 'samples' / f'training_step{step}.png', picture)
                         writer.image(step, 'samples', picture)
-                if logs or evaluates or samples:
+                scores = config.evaluate.every and (last or step % config.evaluate.every == 0)
+                if scores:
+                    try:
+                        values = evaluate_during_training(
+                            pipeline_of(experiment, state.ema, mesh), splits, config, workdir
+                        )
+                    except SamplingDiverged as error:
+                        LOGGER.warning('no scores of step %d: %s', step, error)
+                    else:
+                        writer.scalars(step, values)
+                if logs or evaluates or samples or scores:
                     timer, timed_from, waited = time.perf_counter(), step, 0.0
     except TrainingDiverged as error:
         raise TrainingDiverged(
@@ -247,6 +269,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
         LOGGER.info('loss curves: %s', plot_curves(workdir))
     if config.evaluate.after_training and config.evaluate.evaluators:
         evaluate_pipeline(pipeline_of(experiment, state.ema, mesh), splits, config, workdir, int(state.step))
+    write_report(config, workdir, pipeline_of(experiment, state.ema, mesh), int(state.step))
     LOGGER.info('samples: %s', workdir / 'samples')
     return state
 

@@ -1,0 +1,165 @@
+"""A trained model as one safetensors file: parameters, the config of its training, and what it knows of its data.
+
+Some such files ship with the package: `pretrained('fashion_mnist')` samples at once, with no training and no network.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diffusion_jax.config import flatten, with_defaults
+from diffusion_jax.errors import UsageError
+from diffusion_jax.experiment import DataInfo, Experiment, make_experiment, read_record
+from diffusion_jax.models.functional import Params
+from diffusion_jax.pipelines.images import ImagePipeline
+from diffusion_jax.registry import unknown
+from diffusion_jax.training.checkpoints import Checkpoints
+from diffusion_jax.training.sharding import make_mesh, param_shardings, put, replicated, with_shardings
+from diffusion_jax.weights import check_shapes, load_weights, save_weights
+
+MODEL = 'diffusion'
+"""`kind` in the metadata of a model file."""
+
+SHIPPED = Path(__file__).parent.parent / 'shipped'
+PREFIX = 'pretrained:'
+
+MATTERS = ('model.', 'schedule.', 'loss.prediction', 'class_conditional')
+"""Keys of a config that decide what a model's parameters mean."""
+
+
+def pipeline_of(experiment: Experiment, params: Any, mesh: Mesh | None = None) -> ImagePipeline:
+    """An experiment's network with these parameters, ready to sample."""
+    return ImagePipeline(
+        experiment.apply,
+        params,
+        experiment.schedule,
+        experiment.prediction,
+        experiment.data.image_shape,
+        experiment.data.class_names if experiment.num_classes else (),
+        mesh,
+        experiment.learned_variance,
+    )
+
+
+def save_model(
+    path: str | Path, params: Params, config: ConfigDict, info: DataInfo, step: int, ema: bool, dtype: str = 'float32'
+) -> None:
+    """Writes a model file.
+
+    Raises:
+      UsageError: `weights.save_weights` says when.
+    """
+    metadata = {
+        'kind': MODEL,
+        'config': config.to_dict(),
+        'data': dataclasses.asdict(info),
+        'step': step,
+        'ema': ema,
+    }
+    save_weights(path, params, metadata, dtype)
+
+
+def load_model(path: str | Path) -> tuple[Experiment, Params, ConfigDict, int]:
+    """(experiment, parameters on the host, config, step) of a model file.
+
+    Raises:
+      UsageError: there is no such file, it is damaged, or it holds something else.
+    """
+    params, metadata = load_weights(path)
+    if metadata.get('kind') != MODEL:
+        raise UsageError(
+            f'{path} holds no diffusion model (but {metadata.get("kind", "weights without a kind")!r}): '
+            '--mode=export writes one.'
+        )
+    config = ConfigDict(with_defaults(metadata['config']))
+    info = DataInfo(tuple(metadata['data']['image_shape']), tuple(metadata['data']['class_names']))
+    experiment = make_experiment(config, info)
+    check_shapes(path, params, jax.eval_shape(experiment.init, jax.random.key(0)))
+    return experiment, params, config, metadata['step']
+
+
+def shipped_models() -> list[str]:
+    """The names that `pretrained` takes."""
+    return sorted(path.stem for path in SHIPPED.glob('*.safetensors') if not path.stem.endswith('_classifier'))
+
+
+def _shipped_path(name: str) -> Path:
+    if name not in shipped_models():
+        raise unknown('pretrained model', name, shipped_models())
+    return SHIPPED / f'{name}.safetensors'
+
+
+def pretrained(name: str, mesh: Mesh | None = None) -> ImagePipeline:
+    """A model that ships with the package, ready to sample.
+
+        images = pretrained('fashion_mnist')(16, guidance_scale=2.0).images
+
+    Args:
+      name: 'digits' (8x8) or 'fashion_mnist' (28x28), both class-conditional; how each was made and what it was
+        measured to reach is in `diffusion_jax/shipped/NAME.md`.
+      mesh: the devices to sample on; all by default.
+
+    Raises:
+      UsageError: there is no model of that name.
+    """
+    experiment, params, _, _ = load_model(_shipped_path(name))
+    return pipeline_of(experiment, params, mesh)
+
+
+def _check_same_model(config: ConfigDict, theirs: ConfigDict, source: str) -> None:
+    ours, theirs = flatten(config.to_dict()), flatten(theirs.to_dict())
+    # How a network is computed is not what it is.
+    keys = (key for key in ours.keys() | theirs.keys() if key.startswith(MATTERS) and key not in ('model.remat',))
+    changed = [
+        f'{key}: {theirs.get(key, "(absent)")!r} -> {ours.get(key, "(absent)")!r}'
+        for key in sorted(keys)
+        if ours.get(key) != theirs.get(key)
+    ]
+    if changed:
+        raise UsageError(
+            f'init_from={source!r} is a model of another config. It differs in (model -> asked for): '
+            f'{"; ".join(changed)}. Use the config that it was trained with.'
+        )
+
+
+def load_init(config: ConfigDict, mesh: Mesh) -> tuple[Experiment, Params, int]:
+    """(experiment, parameters, step) of what `config.init_from` names.
+
+    Raises:
+      UsageError: there is nothing there, or it is a model of another config.
+    """
+    source = config.init_from
+    if Path(source).is_dir():
+        record = read_record(source)
+        if record is None:
+            raise UsageError(f'init_from={source!r} is a folder without a run (no config.json).')
+        theirs = ConfigDict(record[0])
+        _check_same_model(config, theirs, source)
+        experiment = make_experiment(theirs, record[1])
+        shapes = jax.eval_shape(experiment.init, jax.random.key(0))
+        shapes = with_shardings(shapes, param_shardings(shapes, config.sharding_rules, mesh))
+        params, step = Checkpoints(source).restore_params(shapes, config.sample.checkpoint, config.sample.ema)
+        return experiment, params, step
+    if source.startswith(PREFIX):
+        path = _shipped_path(source.removeprefix(PREFIX))
+    elif source.endswith('.safetensors'):
+        path = Path(source)
+    else:
+        raise UsageError(
+            f'init_from={source!r} is no model: name a folder with a run, a .safetensors file of --mode=export, '
+            f'or one of {", ".join(PREFIX + name for name in shipped_models())}.'
+        )
+    experiment, params, theirs, step = load_model(path)
+    _check_same_model(config, theirs, source)
+    return experiment, put(params, replicated(mesh)), step
+
+
+def load_source(config: ConfigDict, mesh: Mesh | None = None) -> tuple[ImagePipeline, int]:
+    """(pipeline, step) of what `config.init_from` names."""
+    mesh = mesh or make_mesh()
+    experiment, params, step = load_init(config, mesh)
+    return pipeline_of(experiment, params, mesh), step
