@@ -33,4 +33,5 @@ def get_config():
 
     config.sample.steps = 25
     config.sample.guidance_scale = 2.0
+    config.evaluate.evaluators = ('frechet_distance', 'precision_recall', 'class_agreement', 'nearest_neighbour')
     return config

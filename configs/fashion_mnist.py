@@ -35,5 +35,7 @@ def get_config():
     config.sample.num = 80
     config.sample.steps = 25
     config.sample.guidance_scale = 2.0
-    config.evaluate.num = 500
+    config.evaluate.evaluators = ('frechet_distance', 'precision_recall', 'class_agreement', 'nearest_neighbour')
+    config.evaluate.reference = 'test'
+    config.evaluate.num = 2000
     return config

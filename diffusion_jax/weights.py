@@ -32,7 +32,7 @@ def save_weights(path: str | Path, params: Any, metadata: dict[str, Any], dtype:
     Raises:
       UsageError: an unknown dtype, or a value that it cannot hold.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     if dtype not in DTYPES:
         raise UsageError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
@@ -45,7 +45,7 @@ def save_weights(path: str | Path, params: Any, metadata: dict[str, Any], dtype:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part')
-    save_file(tensors, part, {key: json.dumps(value) for key, value in metadata.items()})
+    part.write_bytes(save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
     part.replace(path)
 
 

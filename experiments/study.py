@@ -1,19 +1,29 @@
-"""What the studies on Fashion-MNIST share: small models, trained once and kept, that differ in what a study asks."""
+"""What the studies on Fashion-MNIST share: models trained once, samples drawn once, and their scores."""
 
 import os
 
 os.environ.setdefault('XLA_FLAGS', f'--xla_force_host_platform_device_count={os.cpu_count()}')  # 1.3 x on two cores
 
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion_jax import data, pretrained
 from diffusion_jax.config import default_config
+from diffusion_jax.evaluation import Setting, score
+from diffusion_jax.pipelines import ImagePipeline, Samples, load_pipeline
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.train import train
 
 RUNS = Path('runs/studies')
+EVALUATORS = ('frechet_distance', 'precision_recall', 'class_agreement')
 
 
 def small_config(**changes: Any) -> ConfigDict:
@@ -54,3 +64,91 @@ def trained(name: str, runs: Path = RUNS, **changes: Any) -> Path:
     if config.train.num_steps not in Checkpoints(workdir, config.train.keep_checkpoints).steps():
         train(config, workdir)
     return workdir
+
+
+def arguments(description: str, num: int) -> argparse.Namespace:
+    """What every study can be told: --num and --runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--num', type=int, default=num, help='samples per row of the table')
+    parser.add_argument('--runs', type=Path, default=RUNS, help='where models and samples are kept')
+    return parser.parse_args()
+
+
+class Study:
+    """Draws and scores samples of Fashion-MNIST models; what was drawn once is kept in `runs`, and not drawn again.
+
+    Args:
+      num: samples that each row of a table is computed from.
+    """
+
+    def __init__(self, runs: Path, num: int):
+        self.runs, self.num = runs, num
+        self.splits = data.load('fashion_mnist')
+
+    def scores(
+        self, model: Path | None, evaluators: Sequence[str] = EVALUATORS, num: int | None = None, **settings: Any
+    ) -> tuple[dict[str, Any], Samples]:
+        """(scores, samples) of a run's newest checkpoint (None: the pretrained model) sampled with these settings.
+
+        Samples are held against the test set, in the shipped classifier's features. `seconds` is the time of sampling
+        without that of compiling.
+        """
+        num = num or self.num
+        folder = model or self.runs / 'pretrained_fashion_mnist'
+        ema = settings.pop('ema', True)
+        pipeline, step = (pretrained('fashion_mnist'), 0) if model is None else load_pipeline(model, ema=ema)
+        key = json.dumps([step, ema, num, settings], sort_keys=True, default=str)
+        path = folder / 'studied' / f'{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz'
+        if not path.exists():
+            pipeline(100, **settings)  # compiles
+            began = time.perf_counter()
+            samples = pipeline(num, **settings, progress=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seconds = time.perf_counter() - began
+            np.savez_compressed(path, images=samples.images, labels=samples.labels, seconds=seconds, settings=key)
+        with np.load(path) as stored:
+            samples, seconds = Samples(stored['images'], stored['labels']), float(stored['seconds'])
+        setting = self.setting(pipeline, num)
+        return score(samples, setting, evaluators).scores | {'seconds': seconds}, samples
+
+    def setting(self, pipeline: ImagePipeline, num: int | None = None) -> Setting:
+        return Setting(
+            self.splits,
+            pipeline.class_names,
+            num or self.num,
+            reference_name='test',
+            pipeline=pipeline,
+            cache=self.runs / 'cache',
+        )
+
+    def real(self) -> dict[str, Any]:
+        """What as many real training images score against the test set."""
+        train = self.splits.train
+        rows = np.random.RandomState(0).choice(len(train), self.num, replace=False)
+        setting = Setting(self.splits, train.class_names, self.num, reference_name='test', cache=self.runs / 'cache')
+        return score(Samples(train.images[rows], train.labels[rows]), setting, EVALUATORS).scores
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown, numbers to three digits."""
+
+    def cell(value: Any) -> str:
+        return f'{value:.3g}' if isinstance(value, float) and abs(value) < 100 else str(value)
+
+    lines = [list(heads), ['---'] * len(heads), *([cell(value) for value in row] for row in rows)]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def fill(page: Path, **tables: str) -> None:
+    """Puts each table into a page, between <!-- NAME --> and <!-- /NAME -->."""
+    text = page.read_text()
+    for name, content in tables.items():
+        begin, end = f'<!-- {name} -->', f'<!-- /{name} -->'
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f'{before}{begin}\n\n{content}\n\n{end}{after}'
+    page.write_text(text)
+
+
+def percent(share: float) -> str:
+    return f'{100 * share:.1f}%'

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from diffusion_jax.errors import UsageError
+from diffusion_jax.evaluation.torch_file import read_torch_file
 from diffusion_jax.images import to_float
+from diffusion_jax.models import inception
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.functional import Params, functional
 from diffusion_jax.registry import lookup
@@ -159,10 +161,64 @@ def _classifier(weights: str | None) -> FeatureNetwork:
     return load_classifier(Path(path).expanduser(), 'classifier')
 
 
+# --- Inception --------------------------------------------------------------------------------------------------------
+
+INCEPTION_WEIGHTS = (
+    'the file of the weights that FID uses, pt_inception-2015-12-05-6726825d.pth of pytorch-fid or '
+    'weights-inception-2015-12-05-6726825d.pth of torch-fidelity'
+)
+
+
+@functools.cache
+def _inception_apply(like_pytorch_fid: bool) -> tuple[Callable[..., Params], Apply]:
+    init, apply = functional(lambda rngs: inception.Inception(rngs))
+
+    def read(params: Params, x):
+        return apply(params, inception.prepared(x, like_pytorch_fid))
+
+    return init, read
+
+
+@functools.cache
+def load_inception(path: Path, like_pytorch_fid: bool = False) -> FeatureNetwork:
+    """Inception-v3 with the weights in a PyTorch file.
+
+    Args:
+      like_pytorch_fid: resize as pytorch-fid does; by default as TensorFlow did and torch-fidelity does.
+
+    Raises:
+      UsageError: there is no such file, or it does not hold this network's weights.
+    """
+    tensors = read_torch_file(path)
+    init, apply = _inception_apply(like_pytorch_fid)
+    try:
+        params = inception.params_of_state_dict(tensors)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UsageError(f'{path} does not hold Inception-v3 ({error!r}): it should be {INCEPTION_WEIGHTS}.') from error
+    check_shapes(path, params, jax.eval_shape(init, jax.random.key(0)))
+    return FeatureNetwork(
+        name='inception_pytorch_fid' if like_pytorch_fid else 'inception',
+        apply=apply,
+        params=jax.tree.map(np.float32, params),
+        sha256=sha256_of(path),
+        num_features=inception.NUM_FEATURES,
+        image_shape=None,
+        class_names=(),
+        batch_size=64,
+    )
+
+
+def _inception(weights: str | None, like_pytorch_fid: bool) -> FeatureNetwork:
+    name = 'inception_pytorch_fid' if like_pytorch_fid else 'inception'
+    return load_inception(Path(_needs_weights(name, weights, INCEPTION_WEIGHTS)).expanduser(), like_pytorch_fid)
+
+
 FEATURES: dict[str, Callable[[str | None], FeatureNetwork]] = {
     'digits': functools.partial(_shipped, 'digits'),
     'fashion_mnist': functools.partial(_shipped, 'fashion_mnist'),
     'classifier': _classifier,
+    'inception': functools.partial(_inception, like_pytorch_fid=False),
+    'inception_pytorch_fid': functools.partial(_inception, like_pytorch_fid=True),
 }
 """Name -> function of the weights' path. 'auto' takes the shipped classifier of these classes and this shape."""
 
