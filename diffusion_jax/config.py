@@ -103,7 +103,7 @@ def default_config() -> ConfigDict:
             'seed': 0,
             'batch_size': 100,
             'ema': True,  # the averaged parameters, or the raw ones
-            'checkpoint': 'newest',  # or 'best' (least held-out loss)
+            'checkpoint': 'newest',  # or 'best' (least held-out loss), or the number of a step
         }
     )
     config.evaluate = ConfigDict(

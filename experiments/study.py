@@ -86,17 +86,28 @@ class Study:
         self.splits = data.load('fashion_mnist')
 
     def scores(
-        self, model: Path | None, evaluators: Sequence[str] = EVALUATORS, num: int | None = None, **settings: Any
+        self,
+        model: Path | None,
+        evaluators: Sequence[str] = EVALUATORS,
+        at: int | None = None,
+        ema: bool = True,
+        **settings: Any,
     ) -> tuple[dict[str, Any], Samples]:
-        """(scores, samples) of a run's newest checkpoint (None: the pretrained model) sampled with these settings.
+        """(scores, samples) of a run (None: the pretrained model) sampled with these settings.
+
+        Args:
+          at: the step of the checkpoint; the newest by default.
+          ema: the averaged parameters, or the raw ones.
 
         Samples are held against the test set, in the shipped classifier's features. `seconds` is the time of sampling
         without that of compiling.
         """
-        num = num or self.num
+        num = self.num
         folder = model or self.runs / 'pretrained_fashion_mnist'
-        ema = settings.pop('ema', True)
-        pipeline, step = (pretrained('fashion_mnist'), 0) if model is None else load_pipeline(model, ema=ema)
+        if model is None:
+            pipeline, step = pretrained('fashion_mnist'), 0
+        else:
+            pipeline, step = load_pipeline(model, 'newest' if at is None else str(at), ema)
         key = json.dumps([step, ema, num, settings], sort_keys=True, default=str)
         path = folder / 'studied' / f'{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz'
         if not path.exists():
@@ -110,6 +121,10 @@ class Study:
             samples, seconds = Samples(stored['images'], stored['labels']), float(stored['seconds'])
         setting = self.setting(pipeline, num)
         return score(samples, setting, evaluators).scores | {'seconds': seconds}, samples
+
+    def calls(self, solver: str, steps: int, spacing: str = 'trailing', **options: Any) -> int:
+        """How often the pretrained model is called."""
+        return pretrained('fashion_mnist').plan(solver, steps, spacing, **options).num_calls
 
     def setting(self, pipeline: ImagePipeline, num: int | None = None) -> Setting:
         return Setting(

@@ -212,13 +212,17 @@ class Checkpoints:
 
     def _candidates(self, which: str) -> list[int]:
         """The steps to try, in that order."""
-        if which not in ('newest', 'best'):
-            raise unknown('checkpoint', which, ('newest', 'best'))
+        if which not in ('newest', 'best') and not which.isdecimal():
+            raise unknown('checkpoint', which, ('newest', 'best', 'the number of a step'))
         steps = _of_process_0(self.steps())
         if not steps:
             raise UsageError(f'no checkpoint in {self.directory}. Train first: the same command with --mode=train.')
         if which == 'newest':
             return steps[::-1]
+        if which.isdecimal():
+            if int(which) not in steps:
+                raise UsageError(f'no checkpoint of step {which} in {self.directory}: it has {steps}.')
+            return [int(which)]
         known = _of_process_0(self._by_loss(steps, warn=True))
         if not known:
             raise UsageError(f"no checkpoint in {self.directory} has a held-out loss: use checkpoint 'newest'.")
