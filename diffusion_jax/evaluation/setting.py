@@ -145,7 +145,8 @@ class Setting:
         moments, kept, score, right = Moments(), Kept(len(part), MOST_KEPT), InceptionScore(len(part)), []
         readable = part.labels is not None and network.class_names == tuple(part.class_names)
         starts = range(0, len(part), ROWS)
-        for start in tqdm(starts, desc=f'features of real images ({split})', unit='batch', leave=None):
+        name = f'features of real images ({split})'
+        for start in tqdm(starts, desc=name, unit='batch', leave=None, disable=len(starts) == 1):
             some = part.load(np.arange(start, min(start + ROWS, len(part))))
             features, logits = network(some.images, self.mesh)
             moments.update(features)
