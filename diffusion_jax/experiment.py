@@ -150,7 +150,10 @@ def write_record(workdir: str | Path, config: ConfigDict, info: DataInfo) -> Non
     """Writes down the config and what the model knows of its data, so that the workdir stands on its own."""
     path = record_path(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({'config': config.to_dict(), 'data': dataclasses.asdict(info)}, indent=1)
+    told, previous = config.to_dict(), read_record(workdir)
+    if previous and not told['init_from']:  # left out when a run goes on; where it came from is kept
+        told['init_from'] = previous[0]['init_from']
+    text = json.dumps({'config': told, 'data': dataclasses.asdict(info)}, indent=1)
     part = path.with_suffix('.part')
     part.write_text(text + '\n')
     part.replace(path)

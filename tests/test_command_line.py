@@ -7,7 +7,7 @@ from runs import TINY, files_below, load_config, run
 
 from diffusion_jax import UsageError, command_line
 from diffusion_jax.evaluation import evaluate
-from diffusion_jax.pipelines.workdir import sample
+from diffusion_jax.pipelines.workdir import export, sample
 from diffusion_jax.training.train import train
 
 
@@ -22,7 +22,7 @@ def test_a_refusal_is_one_message_without_a_traceback(tmp_path):
 def test_help_shows_the_modes_and_an_example():
     status, output = run('--help')
     assert status in (0, 1)  # absl's own choice
-    for word in ('train, sample, evaluate', '--mode', '--workdir', 'python main.py --config=configs/digits.py'):
+    for word in ('train, sample, evaluate, export', '--mode', '--workdir', 'python main.py --config=configs/digits.py'):
         assert word in output
 
 
@@ -57,10 +57,26 @@ def parse(arguments, monkeypatch):
     config_flags.DEFINE_config_file('config', None, lock_config=True, flag_values=values)
     flags.DEFINE_string('workdir', None, '', flag_values=values)
     flags.DEFINE_string('mode', 'train', '', flag_values=values)
+    flags.DEFINE_integer('verbosity', -1, '', flag_values=values)  # absl's own
     argv = ['main.py', *arguments]
     monkeypatch.setattr(flags, 'FLAGS', values)
     monkeypatch.setattr(sys, 'argv', argv)
     return command_line._parse(argv)
+
+
+def test_a_pretrained_model_needs_neither_config_nor_workdir(monkeypatch):
+    monkeypatch.chdir(TINY.parent.parent.parent)
+    source = '--config.init_from=pretrained:digits'
+    parse(['--mode=sample', source], monkeypatch)
+    values = sys.modules['absl.flags'].FLAGS
+    assert values.workdir == 'runs/pretrained_digits'
+    assert values.config.data.name == 'digits'
+    assert values.config.init_from == 'pretrained:digits'
+    parse(['--mode=evaluate', source, '--workdir=x', '--config=configs/fashion_mnist.py'], monkeypatch)
+    values = sys.modules['absl.flags'].FLAGS
+    assert (values.workdir, values.config.data.name) == ('x', 'fashion_mnist')
+    with pytest.raises(UsageError, match='--config is missing'):  # training is a run of its own
+        parse([source], monkeypatch)
 
 
 def test_a_broken_config_file_is_named(tmp_path, monkeypatch):
@@ -127,14 +143,14 @@ def test_a_config_with_an_unknown_key_writes_nothing(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('mode', [sample, evaluate])
+@pytest.mark.parametrize('mode', [sample, evaluate, export])
 def test_without_a_run_there_is_nothing_to_sample(mode, tmp_path):
     with pytest.raises(UsageError, match=r'no run in .*--mode=train'):
         mode(load_config(), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('mode', [train, sample, evaluate])
+@pytest.mark.parametrize('mode', [train, sample, evaluate, export])
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [

@@ -97,7 +97,9 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     batches, held_out = make_batches(splits.train), make_batches(splits.test)
     check_sampling(pipeline_of(experiment, {}, mesh), config.sample)
     check_evaluators(config, splits, pipeline_of(experiment, {}, mesh))
-    begins_with = load_init(config, mesh)[1] if config.init_from else None
+    checkpoints = Checkpoints(workdir, settings.keep_checkpoints)
+    resumed = bool(checkpoints.steps())
+    begins_with = load_init(config, mesh)[1] if config.init_from and not resumed else None
 
     # --- the state, created where it lives; the newest checkpoint, if there is one ------------------------------------
     if is_writer():
@@ -110,8 +112,6 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     shapes = jax.eval_shape(create)
     shardings = state_shardings(shapes, optimizer, config.sharding_rules, mesh)
     shapes = with_shardings(shapes, shardings)
-    checkpoints = Checkpoints(workdir, settings.keep_checkpoints)
-    resumed = bool(checkpoints.steps())
     if resumed:
         state, start, notes = checkpoints.restore(shapes)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.evaluation import class_agreement, nearest_neighbour
+from diffusion_jax.evaluation import Setting, score
 from diffusion_jax.experiment import load_data, read_record
 from diffusion_jax.images import grid, save_png
 from diffusion_jax.pipelines import load_pipeline
@@ -37,23 +37,24 @@ def main() -> None:
         began = time.perf_counter()
         samples = pipeline(arguments.num, **settings)
         seconds = time.perf_counter() - began
-        scores = class_agreement.evaluate(samples, splits).scores | nearest_neighbour.evaluate(samples, splits).scores
+        setting = Setting(splits, pipeline.class_names, arguments.num, pipeline=pipeline)
+        scores = score(samples, setting, ['class_agreement', 'nearest_neighbour', 'frechet_distance']).scores
         options = ', '.join(f'{name} {settings[name]}' for name in ('eta', 'variance') if name in settings)
         rows.append(
             f'| {settings["solver"]}{", " + options if options else ""} | {settings["steps"]} '
             f'| {settings["guidance_scale"] or "none"} | {100 * scores["class_agreement"]:.1f}% '
             f'| {scores["median_distance_to_training_set"]:.3f} | {100 * scores["near_copies"]:.1f}% '
-            f'| {1000 * seconds / arguments.num:.1f} |'
+            f'| {scores["frechet_distance"]:.3f} | {1000 * seconds / arguments.num:.1f} |'
         )
         print(rows[-1], flush=True)
         pictures.append(samples.images[:20])
     folder = Path(__file__).parent
     save_png(folder / 'samples.png', grid(np.concatenate(pictures), columns=20, min_side=24))
+    columns = ['solver', 'steps', 'guidance', 'class agreement', 'median distance to training set', 'near copies']
+    columns += ['Frechet distance', 'ms each']
     header = (
         f'Step {step} of `{arguments.workdir}`, {arguments.num} samples a row.\n\n'
-        '| solver | steps | guidance | class agreement | median distance to training set | near copies | ms each |\n'
-        + '| --- ' * 7
-        + '|\n'
+        f'| {" | ".join(columns)} |\n{"| --- " * len(columns)}|\n'
     )
     (folder / 'table.md').write_text(header + '\n'.join(rows) + '\n')
 

@@ -52,9 +52,10 @@ def main() -> None:
     )
     reference = told['reference']
     which = {'train': 'training', 'test': 'test'}[reference['name']]
+    shape = 'x'.join(map(str, info.image_shape))
     card = f"""# {arguments.config}
 
-{'x'.join(map(str, info.image_shape))} images of {', '.join(info.class_names)}: a U-Net of {count_params(params) / 1e6:.2f} M
+{shape} images of {', '.join(info.class_names)}: a U-Net of {count_params(params) / 1e6:.2f} M
 parameters, conditioned on the class, with guidance; averaged parameters of step {step:,}, stored in float16
 ({path.stat().st_size / 1e6:.1f} MB).
 
@@ -65,7 +66,8 @@ images = dj.pretrained('{arguments.config}')(16, guidance_scale={sample['guidanc
 ```
 
 Made with `python main.py --config=configs/{arguments.config}.py --workdir=runs/{arguments.config}`, in
-{minutes(read_metrics(arguments.workdir)):.0f} minutes of training on {arguments.hardware} (JAX {told['versions']['jax']}).
+{minutes(read_metrics(arguments.workdir)):.0f} minutes of training on {arguments.hardware}
+(JAX {told['versions']['jax']}).
 
 Scored with `--mode=evaluate` on {told['num']:,} samples: {sample['solver']}, {sample['steps']} steps, guidance
 {sample['guidance_scale']}, seed {sample['seed']}; features of the shipped {told['features']['name']} classifier, held
@@ -75,8 +77,9 @@ against the {reference[reference['name']]:,} {which} images. Beside it, what the
 | --- | --- | --- |
 {rows}
 
-The classifier reads {100 * scores['classifier_accuracy_on_real_test_images']:.1f}% of unseen real images right. Near copies
-is the share of samples nearer to a training image than 99% of unseen real images are: 0.01 for samples as new as these.
+The classifier reads {100 * scores['classifier_accuracy_on_real_test_images']:.1f}% of unseen real images right.
+Near copies is the share of samples nearer to a training image than 99% of unseen real images are: 0.01 for samples as
+new as these.
 """
     (SHIPPED / f'{arguments.config}.md').write_text(card)
     print(card)

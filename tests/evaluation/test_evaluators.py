@@ -1,12 +1,13 @@
 """Evaluators on samples whose score is known: real images, copies, wrong labels, noise."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax import UsageError, data
+from diffusion_jax import UsageError, data, oracles, schedules
 from diffusion_jax.data import ImageSet, Splits
 from diffusion_jax.evaluation import EVALUATORS, Setting, score
-from diffusion_jax.pipelines import Samples
+from diffusion_jax.pipelines import ImagePipeline, Samples
 
 SPLITS = data.load('digits')
 NAMES = SPLITS.train.class_names
@@ -189,3 +190,31 @@ def test_what_cannot_be_done_is_refused_before_anything_is_drawn(given, evaluato
 def test_samples_that_are_not_as_announced_are_refused(images, message):
     with pytest.raises(UsageError, match=message):
         score(Samples(images, None), Setting(SPLITS, NAMES, 20), ['nearest_neighbour'])
+
+
+@pytest.mark.parametrize('learned', [False, True])
+def test_bits_per_dim_of_a_model_whose_density_is_known(learned):
+    """Normal data: the exact denoiser's bits are those of the density; by the bound, with the larger variance, more."""
+    mean, std = 0.1, 0.3
+    values = np.random.default_rng(0).normal(mean, std, (64, 8, 8, 1))
+    images = np.clip(np.rint((values + 1) * 127.5), 0, 255).astype(np.uint8)
+    data_of_it = Splits(ImageSet(images), ImageSet(images))
+    x0 = images / 127.5 - 1
+    nats = 0.5 * ((x0 - mean) / std) ** 2 + np.log(std * np.sqrt(2 * np.pi)) - np.log(1 / 127.5)
+    expected = nats.mean() / np.log(2)
+    told = {}
+    # A network is told of 1000 t by the flow, and of 1000 t - 1 by the chain.
+    for kind, schedule, offset in (('ode', schedules.flow(), 0), ('bound', schedules.cosine(1000), 1)):
+        exact = oracles.gaussian(mean, std).denoiser(schedule)
+
+        def apply(params, x, timestep, exact=exact, offset=offset):
+            x0 = exact(x, (timestep + offset) / 1000).value
+            return jnp.concatenate([x0, jnp.ones_like(x0)], axis=-1) if learned else x0
+
+        pipeline = ImagePipeline(apply, {}, schedule, 'x0', (8, 8, 1), learned_variance=learned)
+        setting = Setting(data_of_it, (), 1, pipeline=pipeline)
+        told[kind] = score(Samples(images[:1], None), setting, ['bits_per_dim']).scores
+    assert told['ode']['bits_per_dim'] == pytest.approx(expected, rel=5e-3)
+    assert expected < told['bound']['bits_per_dim'] < expected + 0.1
+    assert told['bound']['bits_per_dim_variance'] in (('learned',) if learned else ('small', 'large'))
+    assert 0 < told['ode']['bits_per_dim_standard_error'] < 0.05
