@@ -72,7 +72,7 @@ def test_a_pretrained_model_needs_neither_config_nor_workdir(monkeypatch):
     assert values.workdir == 'runs/pretrained_digits'
     assert values.config.data.name == 'digits'
     assert values.config.init_from == 'pretrained:digits'
-    parse(['--mode=evaluate', source, '--workdir=x', '--config=configs/fashion_mnist.py'], monkeypatch)
+    parse(['--mode=evaluate', '--config=configs/fashion_mnist.py', source, '--workdir=x'], monkeypatch)
     values = sys.modules['absl.flags'].FLAGS
     assert (values.workdir, values.config.data.name) == ('x', 'fashion_mnist')
     with pytest.raises(UsageError, match='--config is missing'):  # training is a run of its own
