@@ -5,7 +5,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from diffusion_jax.pipelines.images import ImagePipeline, Samples
 from diffusion_jax.pipelines.workdir import (
     check_sampling,
     fingerprint,
+    joined,
     load_pipeline_for,
+    picture_of,
     sample_as_configured,
     stream_in_parts,
 )
@@ -41,6 +43,8 @@ from diffusion_jax.registry import lookup
 from diffusion_jax.training.sharding import make_mesh
 
 LOGGER = logging.getLogger(__name__)
+
+SHOWN = 100  # samples, in a picture
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     'bits_per_dim': BitsPerDim,
@@ -133,6 +137,15 @@ def evaluate_during_training(
     return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
 
 
+def _keeping_the_first(num: int, batches: Iterable[Samples], kept: list[Samples]) -> Iterator[Samples]:
+    """The same batches; those with the first `num` samples are put into `kept`."""
+    for batch in batches:
+        if num > 0:
+            kept.append(batch)
+            num -= len(batch.images)
+        yield batch
+
+
 def evaluate_pipeline(
     pipeline: ImagePipeline, splits: Splits, config: ConfigDict, workdir: str | Path, step: int
 ) -> dict[str, Any]:
@@ -148,11 +161,15 @@ def evaluate_pipeline(
     workdir, section = Path(workdir), config.evaluate
     setting = setting_of(section, splits, pipeline.class_names, pipeline=pipeline, cache=workdir / 'cache')
     parts = workdir / 'evaluation' / f'step{step}_{fingerprint(config.sample, config.init_from)}.parts'
-    samples = stream_in_parts(pipeline, config.sample, section.num, parts)
+    shown: list[Samples] = []
+    samples = _keeping_the_first(SHOWN, stream_in_parts(pipeline, config.sample, section.num, parts), shown)
     result = score(samples, setting, section.evaluators)
     if not is_writer():
         return {}
-    for label, picture in result.pictures.items():
+    first = joined(shown)
+    first = Samples(first.images[:SHOWN], None if first.labels is None else first.labels[:SHOWN])
+    pictures = result.pictures | {'samples': picture_of(first, pipeline.num_classes)}
+    for label, picture in pictures.items():
         save_png(workdir / 'evaluation' / f'{label}.png', picture)
     needs_features = any(EVALUATORS[name].needs_features for name in section.evaluators)
     network = setting.features() if needs_features else None

@@ -112,8 +112,13 @@ def _way(pipeline: ImagePipeline, section: ConfigDict) -> tuple[str, str] | None
 
 def _scores(report: dict[str, Any]) -> str:
     scores = report['scores']
-    rows = [(name.replace('_', ' '), value) for name, value in scores.items() if not isinstance(value, dict)]
-    tables = [_table(rows)]
+    beside = '_of_real_images'
+    rows = [
+        (name.replace('_', ' '), value, scores.get(name + beside, ''))
+        for name, value in scores.items()
+        if not isinstance(value, dict) and not name.endswith(beside)
+    ]
+    tables = [_table(rows, ('', 'samples', 'real images'))]
     for name, value in scores.items():
         if isinstance(value, dict):
             tables.append(f'<h3>{html.escape(name.replace("_", " "))}</h3>{_table(list(value.items()))}')
@@ -165,6 +170,7 @@ def write_report(config: ConfigDict, workdir: str | Path, pipeline: ImagePipelin
         pictures = ''.join(
             _figure(_data('image/png', picture.read_bytes()), caption, wide=True)
             for name, caption in (
+                ('samples', 'The first of the samples that were scored'),
                 ('nearest', 'The samples nearest to training images, and below them those images'),
                 ('misread', 'Samples that the classifier reads as another class than was asked for'),
             )

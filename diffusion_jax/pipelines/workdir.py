@@ -6,7 +6,7 @@ import logging
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def load_pipeline(
     """(pipeline, step) of the 'newest' or 'best' undamaged checkpoint in a workdir; its data need not be at hand.
 
     Args:
+      checkpoint: or the number of its step.
       mesh: the devices to sample on, all of them by default; the run's sharding rules place the parameters on it.
 
     Raises:
@@ -85,8 +86,11 @@ def sample_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, part
     In a process that does not write, the samples that had been kept are left out.
     """
     batches = list(stream_in_parts(pipeline, section, num, parts))
-    if not batches:
-        return Samples(np.empty((0, *pipeline.image_shape), np.uint8), None)
+    return joined(batches) if batches else Samples(np.empty((0, *pipeline.image_shape), np.uint8), None)
+
+
+def joined(batches: Sequence[Samples]) -> Samples:
+    """Batches as one, of which there is one at least."""
     labels = None if batches[0].labels is None else np.concatenate([batch.labels for batch in batches])
     return Samples(np.concatenate([batch.images for batch in batches]), labels)
 

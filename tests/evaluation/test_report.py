@@ -41,6 +41,8 @@ def test_the_page_tells_of_the_run(page, workdir):
         assert f'<h2>{title}</h2>' in page
     value = json.loads((workdir / 'evaluation.json').read_text())['scores']['class_agreement']
     assert f'class agreement</td><td class=number>{value:.4g}' in page
+    assert (workdir / 'evaluation' / 'samples.png').exists()
+    assert 'The first of the samples that were scored' in page
     assert page.index('step 12') < page.index('step 6')
     assert '<td>optimizer.learning_rate</td><td class=number>0.001</td>' in page
 
