@@ -7,9 +7,12 @@ import jax.numpy as jnp
 from runs import ROOT
 
 from diffusion_jax import samplers
+from diffusion_jax.evaluation import EVALUATORS
+from diffusion_jax.evaluation.features import FEATURES
 
 README = (ROOT / 'README.md').read_text()
 SAMPLING = (ROOT / 'docs' / 'sampling.md').read_text()
+EVALUATION = (ROOT / 'docs' / 'evaluation.md').read_text()
 
 
 def test_the_library_example_runs_as_written():
@@ -53,3 +56,12 @@ def test_the_page_on_sampling_holds_the_table_of_solvers_and_every_spacing():
 def test_every_config_is_in_its_table():
     for path in (ROOT / 'configs').glob('*.py'):
         assert f'(configs/{path.name})' in README
+
+
+def test_the_page_on_evaluation_names_all_there_is_and_runs_as_written(capsys):
+    for name in (*EVALUATORS, *FEATURES, 'auto'):
+        assert f'`{name}`' in EVALUATION
+    (example,) = re.findall(r'```python\n(.*?)```', EVALUATION, re.DOTALL)
+    # With the model whose data come with scikit-learn, and the fewest samples that 64 features take.
+    exec(example.replace('fashion_mnist', 'digits').replace('1000', '65'), {})
+    assert "'frechet_distance': " in capsys.readouterr().out
