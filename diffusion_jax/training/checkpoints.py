@@ -30,6 +30,7 @@ LOGGER = logging.getLogger(__name__)
 
 RECORD = 'record'
 METRIC = 'held_out_loss'
+SMALLEST_SLICE = 2**20  # bytes that a device writes of an array that others hold as well
 UNFINISHED = '.orbax-checkpoint-tmp'  # in the names of folders that Orbax is writing, and of those being deleted
 
 
@@ -92,7 +93,7 @@ class Checkpoints:
         content = {'step': step, METRIC: held_out_loss, 'notes': notes or {}, 'digests': digests(items)}
         content = json.loads(json.dumps(content))  # as it will be read: JSON has no tuples, nor keys that are numbers
         content['sha256'] = _checksum(content)
-        arrays = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arrays = {name: ocp.args.PyTreeSave(item) for name, item in items.items()}
         args = ocp.args.Composite(**arrays, **{RECORD: ocp.args.JsonSave(content)})
         self._saving = step
         try:
@@ -102,7 +103,7 @@ class Checkpoints:
             if self._checkpointer is None:
                 # The folder in the foreground: else, where a save fails at once, its thread makes one later.
                 options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-                self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+                self._checkpointer = ocp.AsyncCheckpointer(_writers(items), async_options=options)
             self._checkpointer.save(self.directory / str(step), args=args)
         except Exception as error:
             self._fail(error)
@@ -183,7 +184,9 @@ class Checkpoints:
         items, step, record, damaged = self._restore(_items(abstract_state), which)
         if damaged and which == 'newest' and self._keep is not None:
             self._move_away(damaged)
-        return Restored(TrainState(params=items['params'], ema=items['ema'], **items['training']), step, record.notes)
+        key = jax.random.wrap_key_data(items['training'].pop('key'))
+        state = TrainState(params=items['params'], ema=items['ema'], key=key, **items['training'])
+        return Restored(state, step, record.notes)
 
     def restore_params(self, abstract_params: Any, which: str, ema: bool) -> tuple[Any, int]:
         """(averaged or raw parameters, step) of the 'newest' or 'best' checkpoint where they are undamaged.
@@ -291,11 +294,32 @@ def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The state in parts that can be read apart: sampling needs no optimiser."""
-    training = {'step': state.step, 'opt_state': state.opt_state, 'key': state.key}
+    """The state, or its shapes, in parts that can be read apart: sampling needs no optimiser."""
+    key = state.key
+    if isinstance(key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, key)
+        data = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
+    else:
+        data = jax.random.key_data(key)
+    training = {'step': state.step, 'opt_state': state.opt_state, 'key': data}
     if state.loss_history is not None:
         training['loss_history'] = state.loss_history
     return {'params': state.params, 'ema': state.ema, 'training': training}
+
+
+def _writers(items: dict[str, Any]) -> ocp.CompositeCheckpointHandler:
+    """What writes the items and the record.
+
+    Orbax splits an array that several devices hold alike into slices, for each to write one: of a small array that is
+    more work than to write it, and the training loop waits for it.
+    """
+    handlers = ocp.type_handlers
+    arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_SLICE)
+    registry = handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.CompositeCheckpointHandler(
+        **{name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in items},
+        **{RECORD: ocp.JsonCheckpointHandler()},
+    )
 
 
 # --- one checkpoint ---------------------------------------------------------------------------------------------------
