@@ -1,6 +1,11 @@
 """Fashion-MNIST at 28x28, class-conditional: the model that ships, trained on a laptop's CPU.
 
-python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+Measured on two shared CPU cores (JAX 0.10, XLA_FLAGS=--xla_force_host_platform_device_count=2): 1 h 19 min for the 16,000
+steps, 218 images/s. Of 10,000 samples (guidance 1.5, 25 DDIM steps) the classifier that ships, itself 92.3% right on the
+test set, reads 96.1% as the label asked for; Frechet distance to the test set 0.039 (the training set's: 0.0016),
+precision 0.89, recall 0.81, coverage 0.92; near copies 0.15% (test images: 1%), exact copies 0.
 """
 
 from diffusion_jax.config import default_config
