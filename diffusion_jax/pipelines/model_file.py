@@ -94,19 +94,19 @@ def _shipped_path(name: str) -> Path:
 
 
 def pretrained(name: str, mesh: Mesh | None = None) -> ImagePipeline:
-    """A model that ships with the package, ready to sample.
+    """A model that ships with the package, or one of yours in a file, ready to sample.
 
         images = pretrained('fashion_mnist')(16, guidance_scale=2.0).images
 
     Args:
       name: 'digits' (8x8) or 'fashion_mnist' (28x28), both class-conditional; how each was made and what it was
-        measured to reach is in `diffusion_jax/shipped/NAME.md`.
+        measured to reach is in `diffusion_jax/shipped/NAME.md`. Or the path of a .safetensors file of --mode=export.
       mesh: the devices to sample on; all by default.
 
     Raises:
-      UsageError: there is no model of that name.
+      UsageError: there is no model of that name, or the file holds none.
     """
-    experiment, params, _, _ = load_model(_shipped_path(name))
+    experiment, params, _, _ = load_model(name if name.endswith('.safetensors') else _shipped_path(name))
     return pipeline_of(experiment, params, mesh)
 
 

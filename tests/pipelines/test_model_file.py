@@ -34,6 +34,7 @@ def test_an_exported_model_draws_what_the_run_draws(workdir, exported):
     assert pipeline.class_names == reference.class_names
     settings = {'steps': 2, 'guidance_scale': 2.0}
     np.testing.assert_array_equal(pipeline(8, **settings).images, reference(8, **settings).images)
+    np.testing.assert_array_equal(dj.pretrained(str(exported))(8, **settings).images, pipeline(8, **settings).images)
 
 
 def test_raw_parameters_and_half_precision_can_be_exported(workdir, tmp_path):
