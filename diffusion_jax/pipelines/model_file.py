@@ -106,7 +106,8 @@ def pretrained(name: str, mesh: Mesh | None = None) -> ImagePipeline:
     Raises:
       UsageError: there is no model of that name, or the file holds none.
     """
-    experiment, params, _, _ = load_model(name if name.endswith('.safetensors') else _shipped_path(name))
+    is_file = str(name).endswith('.safetensors')
+    experiment, params, _, _ = load_model(name if is_file else _shipped_path(name))
     return pipeline_of(experiment, params, mesh)
 
 
