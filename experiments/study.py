@@ -19,8 +19,10 @@ from diffusion_jax import data, pretrained
 from diffusion_jax.config import default_config
 from diffusion_jax.evaluation import Setting, score
 from diffusion_jax.pipelines import ImagePipeline, Samples, load_pipeline
+from diffusion_jax.pipelines.model_file import SHIPPED
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.train import train
+from diffusion_jax.weights import sha256_of
 
 RUNS = Path('runs/studies')
 EVALUATORS = ('frechet_distance', 'precision_recall', 'class_agreement')
@@ -105,7 +107,7 @@ class Study:
         num = self.num
         folder = model or self.runs / 'pretrained_fashion_mnist'
         if model is None:
-            pipeline, step = pretrained('fashion_mnist'), 0
+            pipeline, step = pretrained('fashion_mnist'), sha256_of(SHIPPED / 'fashion_mnist.safetensors')
         else:
             pipeline, step = load_pipeline(model, 'newest' if at is None else str(at), ema)
         key = json.dumps([step, ema, num, settings], sort_keys=True, default=str)
