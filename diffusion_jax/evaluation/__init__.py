@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,6 +84,8 @@ def score(samples: Samples | Iterable[Samples], setting: Setting, evaluators: Se
             continue
         _check_images(batch.images, setting)
         count += len(batch.images)
+        if count > setting.num:
+            raise UsageError(f'{count} samples and more came, and the setting says num={setting.num}.')
         read = setting.read(batch.images, batch.labels, with_features)
         for evaluator in at_work:
             evaluator.update(read)
@@ -122,7 +125,7 @@ def check_evaluators(config: ConfigDict, splits: Splits, pipeline: ImagePipeline
             for name in section.evaluators:
                 lookup('evaluator', EVALUATORS, name).check(setting)
         except UsageError as error:
-            raise UsageError(str(error).replace('evaluate.num=', f'evaluate.{key}=')) from None
+            raise UsageError(re.sub(r'evaluate\.num\b', f'evaluate.{key}', str(error))) from None
 
 
 def evaluate_during_training(
@@ -209,6 +212,11 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     shape = info_of(splits).image_shape
     if tuple(shape) != pipeline.image_shape:
         raise UsageError(f'the model makes images of {pipeline.image_shape}, and the data are {tuple(shape)}.')
+    if pipeline.num_classes and pipeline.class_names != tuple(splits.train.class_names):
+        raise UsageError(
+            f'the model makes images of {", ".join(pipeline.class_names)}, and the classes of the data are '
+            f'{", ".join(splits.train.class_names) or "none"}: set data.name to what it was trained on.'
+        )
     check_evaluators(config, splits, pipeline)
     use_cache(workdir)
     report = evaluate_pipeline(pipeline, splits, config, workdir, step)

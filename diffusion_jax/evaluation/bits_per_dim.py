@@ -42,6 +42,10 @@ class BitsPerDim:
     def check(setting: Any) -> None:
         if setting.num_likelihood < 2:
             raise UsageError(f'evaluate.num_likelihood must be 2 at least, got {setting.num_likelihood}.')
+        if setting.pipeline is None:
+            raise UsageError('bits_per_dim looks at the model: give the setting its pipeline.')
+        if setting.pipeline.num_classes and setting.splits.test.labels is None:
+            raise UsageError('bits_per_dim of a model that is conditioned on labels needs test images that have them.')
 
     def update(self, batch: Batch) -> None:
         """The samples say nothing of it."""

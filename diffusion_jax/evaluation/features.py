@@ -83,7 +83,9 @@ def check_num(what: str, have: int, need: int) -> None:
 
 @functools.partial(jax.jit, static_argnames=('apply',))
 def _read(params: Params, images: jax.Array, *, apply: Apply):
-    return apply(params, to_float(images))
+    # Scores are held against those of other machines: accelerators would round to fewer bits.
+    with jax.default_matmul_precision('highest'):
+        return apply(params, to_float(images))
 
 
 def in_batches(

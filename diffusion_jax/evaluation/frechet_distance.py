@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.evaluation.result import Batch, Result
+from diffusion_jax.evaluation.result import UNREADABLE, Batch, Result, check_real
 
 
 class Moments:
@@ -62,12 +62,14 @@ def read_statistics(path: str | Path, num_features: int) -> Moments:
     try:
         with np.load(Path(path).expanduser()) as arrays:
             mean, covariance = np.float64(arrays['mu']), np.float64(arrays['sigma'])
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise UsageError(f'{path} is no .npz file with mu and sigma: {error}') from error
     if mean.shape != (num_features,) or covariance.shape != (num_features, num_features):
         raise UsageError(
             f'{path} holds statistics of {mean.shape} features, and the feature network has {num_features}.'
         )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UsageError(f'{path} holds statistics with NaN or inf.')
     return Moments(mean, covariance, 2)
 
 
@@ -91,6 +93,8 @@ class FrechetDistance:
             )
         if setting.statistics:
             read_statistics(setting.statistics, features.num_features)
+        else:
+            check_real(setting.splits, 2, 'frechet_distance')
 
     def update(self, batch: Batch) -> None:
         self._moments.update(batch.features)

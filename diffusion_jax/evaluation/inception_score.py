@@ -12,6 +12,7 @@ from diffusion_jax.errors import UsageError
 from diffusion_jax.evaluation.result import Batch, Result
 
 SPLITS = 10
+SEED = 2020
 
 
 class Score(NamedTuple):
@@ -20,10 +21,17 @@ class Score(NamedTuple):
 
 
 class InceptionScore:
-    """The score of a stream of `count` logits, in ten consecutive splits."""
+    """The score of a stream of `count` logits, in ten splits.
 
-    def __init__(self, count: int):
-        self._count, self._seen = count, 0
+    Args:
+      shuffle: whether splits are drawn at random, always the same way; else they are consecutive, which is another
+        number for a set that is sorted by class.
+    """
+
+    def __init__(self, count: int, shuffle: bool = True):
+        self._seen = 0
+        order = np.random.RandomState(SEED).permutation(count) if shuffle else np.arange(count)
+        self._split = order * SPLITS // count
         self._sums: list[list[Any]] = [[0, 0.0, 0.0] for _ in range(SPLITS)]  # samples, sum p log p, sum p
 
     def update(self, logits: Float[np.ndarray, 'B K']) -> None:
@@ -31,7 +39,7 @@ class InceptionScore:
         logits = logits - logits.max(axis=1, keepdims=True)
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         p = np.exp(log_p)
-        split = (self._seen + np.arange(len(p))) * SPLITS // self._count
+        split = self._split[self._seen : self._seen + len(p)]
         for index in np.unique(split):
             rows = split == index
             sums = self._sums[index]

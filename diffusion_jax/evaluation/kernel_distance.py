@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.evaluation.result import Batch, Kept, Result
+from diffusion_jax.evaluation.result import Batch, Kept, Result, check_real
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
@@ -56,6 +56,7 @@ class KernelDistanceEvaluator:
     def check(setting: Any) -> None:
         setting.features()
         setting.needs_images('kernel_distance')
+        check_real(setting.splits, 2, 'kernel_distance')
         if setting.num < 2:
             raise UsageError(f'kernel_distance needs evaluate.num of 2 at least, got {setting.num}.')
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.evaluation.result import Batch, Kept, Result
+from diffusion_jax.evaluation.result import Batch, Kept, Result, check_real
 
 NEIGHBOURS = 3
 """k of precision and recall, in their paper."""
@@ -86,6 +86,7 @@ class PrecisionRecall:
     def check(setting: Any) -> None:
         setting.features()
         setting.needs_images('precision_recall')
+        check_real(setting.splits, DENSITY_NEIGHBOURS + 1, 'precision_recall')
         if setting.num <= DENSITY_NEIGHBOURS:
             raise UsageError(
                 f'precision_recall looks at {DENSITY_NEIGHBOURS} neighbours and needs evaluate.num of '

@@ -1,9 +1,16 @@
 """What goes into an evaluator, and what it says."""
 
+import zipfile
+import zlib
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+
+from diffusion_jax.errors import UsageError
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What a damaged .npz file may raise."""
 
 
 class Batch(NamedTuple):
@@ -71,3 +78,13 @@ class Kept:
 
     def rows(self) -> np.ndarray:
         return np.concatenate(self._rows)
+
+
+def check_real(splits: Any, least: int, evaluator: str) -> None:
+    """A `UsageError` unless both splits have as many images."""
+    for name, images in splits._asdict().items():
+        if len(images) < least:
+            raise UsageError(
+                f'{evaluator} needs {least} real images at least, and the {name} split has {len(images)}: take more '
+                'data, or leave it out of evaluate.evaluators.'
+            )

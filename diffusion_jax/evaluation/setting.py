@@ -18,7 +18,7 @@ from diffusion_jax.errors import UsageError
 from diffusion_jax.evaluation.features import FeatureNetwork, load_features, shipped_classifier
 from diffusion_jax.evaluation.frechet_distance import Moments
 from diffusion_jax.evaluation.inception_score import InceptionScore
-from diffusion_jax.evaluation.result import Batch, Kept, evenly
+from diffusion_jax.evaluation.result import UNREADABLE, Batch, Kept, evenly
 from diffusion_jax.registry import unknown
 from diffusion_jax.training.sharding import make_mesh
 
@@ -52,6 +52,7 @@ class Setting:
       num_likelihood: test images whose likelihood is computed.
       seed: of what is random in an evaluator.
       cache: a folder to keep the real images' features in.
+      most_kept: samples whose features are compared one by one, at most.
     """
 
     splits: Splits
@@ -65,6 +66,7 @@ class Setting:
     seed: int = 0
     cache: Path | None = None
     most_kept: int = MOST_KEPT
+    _known: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.num < 1:
@@ -90,15 +92,17 @@ class Setting:
         """This process's devices: the writer reads features on its own, so that no other waits for it."""
         return make_mesh(devices=jax.local_devices())
 
-    @functools.cache  # noqa: B019 (as long as the setting, which is as long as an evaluation)
-    def features(self) -> FeatureNetwork:
-        """The feature network."""
+    @functools.cached_property
+    def _features(self) -> FeatureNetwork:
         train = self.splits.train
         return load_features(self.features_name, self.weights, train.class_names, train.image_shape)
 
-    @functools.cache  # noqa: B019
-    def classifier(self) -> FeatureNetwork:
-        """The feature network, if it reads the model's classes, and else the shipped classifier that does."""
+    def features(self) -> FeatureNetwork:
+        """The feature network."""
+        return self._features
+
+    @functools.cached_property
+    def _classifier(self) -> FeatureNetwork:
         train = self.splits.train
         if self.features_name != 'auto' and self.features().class_names == tuple(train.class_names):
             return self.features()
@@ -110,6 +114,10 @@ class Setting:
                 'leave it out of evaluate.evaluators.'
             )
         return network
+
+    def classifier(self) -> FeatureNetwork:
+        """The feature network, if it reads the model's classes, and else the shipped classifier that does."""
+        return self._classifier
 
     def read(self, images: np.ndarray, labels: np.ndarray | None, with_features: bool) -> Batch:
         """A batch of samples, and what the feature network reads in them."""
@@ -128,19 +136,24 @@ class Setting:
     def accuracy_on_test_images(self) -> float:
         return self._real(self.classifier(), 'test').accuracy
 
-    @functools.cache  # noqa: B019
     def _real(self, network: FeatureNetwork, split: str) -> RealFeatures:
+        key = (network.sha256, split)
+        if key not in self._known:
+            self._known[key] = self._read_real(network, split)
+        return self._known[key]
+
+    def _read_real(self, network: FeatureNetwork, split: str) -> RealFeatures:
         part = getattr(self.splits, split)
         path = None
         if self.cache is not None:
-            path = self.cache / f'features_{network.name}_{network.sha256[:12]}_{_fingerprint(part)}.npz'
+            path = self.cache / f'real_{network.name}_{network.sha256[:12]}_{_fingerprint(part)}.npz'
             if path.exists():
                 try:
                     with np.load(path) as stored:
                         moments = Moments(stored['mean'], stored['covariance'], int(stored['count']))
                         accuracy = float(stored['accuracy']) if stored['accuracy'].size else None
                         return RealFeatures(moments, stored['kept'], float(stored['inception_score']), accuracy)
-                except (OSError, ValueError, KeyError, EOFError) as error:
+                except UNREADABLE as error:
                     LOGGER.warning('%s cannot be read (%s): computed again.', path, error)
         moments, kept, score, right = Moments(), Kept(len(part), MOST_KEPT), InceptionScore(len(part)), []
         readable = part.labels is not None and network.class_names == tuple(part.class_names)
@@ -179,6 +192,9 @@ def _fingerprint(part: Any) -> str:
     if images is None:
         images = part.load(evenly(len(part), 64)).images
     digest.update(np.ascontiguousarray(images).tobytes())
+    if part.labels is not None:  # the classifier's accuracy is kept, too
+        digest.update(repr(part.class_names).encode())
+        digest.update(np.asarray(part.labels[evenly(len(part), 10_000)], np.int32).tobytes())
     return digest.hexdigest()[:12]
 
 

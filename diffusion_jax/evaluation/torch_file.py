@@ -69,6 +69,8 @@ def _materialised(tensors: Any, bytes_of: Callable[[str], bytes]) -> dict[str, n
         dtype = tensor.storage.dtype
         flat = np.frombuffer(bytes_of(tensor.storage.key), dtype)
         last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+        if tensor.offset < 0 or min(tensor.strides, default=0) < 0:
+            raise pickle.UnpicklingError(f'{name} begins before what is stored of it')
         if 0 not in tensor.shape and not 0 <= last < len(flat):
             raise pickle.UnpicklingError(f'{name} is larger than what is stored of it')
         strides = [stride * dtype.itemsize for stride in tensor.strides]

@@ -4,6 +4,7 @@ Some such files ship with the package: `pretrained('fashion_mnist')` samples at 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,14 @@ def pretrained(name: str, mesh: Mesh | None = None) -> ImagePipeline:
       UsageError: there is no model of that name, or the file holds none.
     """
     is_file = str(name).endswith('.safetensors')
-    experiment, params, _, _ = load_model(name if is_file else _shipped_path(name))
+    experiment, params, _, _ = load_model(name) if is_file else _load_shipped(name)
     return pipeline_of(experiment, params, mesh)
+
+
+@functools.cache
+def _load_shipped(name: str) -> tuple[Experiment, Params, ConfigDict, int]:
+    """Once: another time the network is the same function, and what was compiled for it is found again."""
+    return load_model(_shipped_path(name))
 
 
 def _check_same_model(config: ConfigDict, theirs: ConfigDict, source: str) -> None:
@@ -153,6 +160,11 @@ def load_init(config: ConfigDict, mesh: Mesh) -> tuple[Experiment, Params, int]:
         raise UsageError(
             f'init_from={source!r} is no model: name a folder with a run, a .safetensors file of --mode=export, '
             f'or one of {", ".join(PREFIX + name for name in shipped_models())}.'
+        )
+    if not config.sample.ema or config.sample.checkpoint != 'newest':
+        raise UsageError(
+            f'init_from={source!r} is a file with one set of parameters: sample.ema and sample.checkpoint choose among '
+            "those of a run's folder."
         )
     experiment, params, theirs, step = load_model(path)
     _check_same_model(config, theirs, source)

@@ -25,6 +25,7 @@ from diffusion_jax.pipelines.images import ImagePipeline, Samples, parse_labels,
 from diffusion_jax.pipelines.model_file import load_source, pipeline_of, save_model
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.sharding import fetch, make_mesh, param_shardings, with_shardings
+from diffusion_jax.weights import sha256_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def joined(batches: Sequence[Samples]) -> Samples:
 
 def stream_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, parts: Path) -> Iterator[Samples]:
     """As `sample_in_parts`, batch by batch: more samples than memory holds."""
-    if num <= section.batch_size and not parts.exists():
+    if num <= section.batch_size and not _of_process_0(parts.exists()):
         yield sample_as_configured(pipeline, section, num)
         return
     kept = _read_parts(parts) if is_writer() else []
@@ -173,6 +174,8 @@ def fingerprint(section: ConfigDict, init_from: str | None = None) -> str:
     """A short name for all that decides what sample i looks like (its batch and how many there are do not)."""
     settings = {key: value for key, value in section.items() if key not in ('num', 'batch_size', 'checkpoint')}
     settings |= {'init_from': init_from} if init_from else {}
+    if init_from and Path(init_from).is_file():  # it may be written anew
+        settings['sha256'] = sha256_of(init_from)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     # --- what the config asks for: all of it must hold before anything is written -------------------------------------
     settings = config.train
     per_dispatch = settings.steps_per_dispatch
-    check_settings(settings)
+    check_settings(settings, config.evaluate.every)
     check_same_run(config, workdir)
     mesh = make_mesh(config.mesh)
     check_rules(config.sharding_rules)
@@ -267,14 +267,18 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     # --- what came of it ----------------------------------------------------------------------------------------------
     if is_writer():
         LOGGER.info('loss curves: %s', plot_curves(workdir))
+    trained = pipeline_of(experiment, state.ema if config.sample.ema else state.params, mesh)
     if config.evaluate.after_training and config.evaluate.evaluators:
-        evaluate_pipeline(pipeline_of(experiment, state.ema, mesh), splits, config, workdir, int(state.step))
-    write_report(config, workdir, pipeline_of(experiment, state.ema, mesh), int(state.step))
+        try:
+            evaluate_pipeline(trained, splits, config, workdir, int(state.step))
+        except SamplingDiverged as error:  # the run is done, and its checkpoints are whole
+            LOGGER.warning('no scores of step %d: %s', int(state.step), error)
+    write_report(config, workdir, trained, int(state.step))
     LOGGER.info('samples: %s', workdir / 'samples')
     return state
 
 
-def check_settings(settings: ConfigDict) -> None:
+def check_settings(settings: ConfigDict, every: int) -> None:
     """A `UsageError` for numbers of steps that do not fit one another."""
     events = ('num_steps', 'log_every', 'eval_every', 'sample_every', 'checkpoint_every')
     for name in (*events, 'keep_checkpoints', 'accumulate', 'steps_per_dispatch'):
@@ -288,6 +292,11 @@ def check_settings(settings: ConfigDict) -> None:
                 f'train.steps_per_dispatch={settings.steps_per_dispatch} must divide train.{name}={settings[name]}: '
                 'things happen between dispatches.'
             )
+    if every % settings.steps_per_dispatch:
+        raise UsageError(
+            f'train.steps_per_dispatch={settings.steps_per_dispatch} must divide evaluate.every={every}: things happen '
+            'between dispatches.'
+        )
 
 
 def description_of(mesh: Mesh) -> str:

@@ -31,14 +31,14 @@ def main() -> None:
     for name, settings in SOLVERS.items():
         for each in settings:
             scores, samples = study.scores(None, **each)
-            calls = study.calls(**each)
-            points.setdefault(name, []).append((calls, scores))
+            calls, seconds = study.calls(**each), study.seconds_per_image(**each)
+            points.setdefault(name, []).append((calls, seconds, scores))
             rows.append(
                 [
                     name,
                     each['steps'],
                     calls,
-                    round(1000 * scores['seconds'] / options.num, 1),
+                    round(1000 * seconds, 1),
                     scores['frechet_distance'],
                     scores['precision'],
                     scores['recall'],
@@ -73,8 +73,8 @@ def draw(points: dict, real: float) -> None:
     FigureCanvasAgg(figure)
     for axes, of in zip(figure.subplots(1, 2, sharey=True), ('model calls', 'seconds per 1000 images'), strict=True):
         for name, each in points.items():
-            x = [calls if of == 'model calls' else scores['seconds'] for calls, scores in each]
-            axes.plot(x, [scores['frechet_distance'] for _, scores in each], 'o-', label=name, markersize=4)
+            x = [calls if of == 'model calls' else 1000 * seconds for calls, seconds, _ in each]
+            axes.plot(x, [scores['frechet_distance'] for *_, scores in each], 'o-', label=name, markersize=4)
         axes.axhline(real, color='gray', linestyle=':', label='as many real images')
         axes.set(xlabel=of, xscale='log', yscale='log')
         axes.grid(alpha=0.3, which='both')

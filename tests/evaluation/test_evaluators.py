@@ -1,5 +1,9 @@
 """Evaluators on samples whose score is known: real images, copies, wrong labels, noise."""
 
+import gc
+import weakref
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -128,11 +132,47 @@ def test_real_features_are_kept_and_read_again(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 2
     assert scores(REAL, *ALL, cache=tmp_path) == first
-    files[0].write_bytes(b'cut short')
-    assert scores(REAL, *ALL, cache=tmp_path) == first
+    for damage in (b'cut short', files[0].read_bytes()[:1000]):
+        files[0].write_bytes(damage)
+        assert scores(REAL, *ALL, cache=tmp_path) == first
     other = Splits(SPLITS.train.load(np.arange(700)), SPLITS.test)
     scores(REAL, 'frechet_distance', splits=other, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3  # other images, another file
+    relabelled = SPLITS.test.labels[::-1].copy()
+    other = SPLITS._replace(test=ImageSet(SPLITS.test.images, relabelled, NAMES))
+    told = scores(REAL, 'class_agreement', splits=other, cache=tmp_path)
+    assert told['classifier_accuracy_on_real_test_images'] < 0.5
+
+
+def test_features_that_were_kept_are_of_one_network(tmp_path):
+    import dataclasses
+
+    setting = Setting(SPLITS, NAMES, 297, cache=tmp_path)
+    network = setting.features()
+    other = dataclasses.replace(network, sha256='f' * 64, params=jax.tree.map(lambda leaf: 2 * leaf, network.params))
+    mean = setting._real(network, 'test').moments.mean
+    assert not np.allclose(mean, setting._real(other, 'test').moments.mean)
+    again = Setting(SPLITS, NAMES, 297, cache=tmp_path)
+    np.testing.assert_array_equal(again._real(network, 'test').moments.mean, mean)
+
+
+def test_a_setting_is_forgotten_with_its_features():
+    setting = Setting(SPLITS, NAMES, 297)
+    setting.reference()
+    kept = weakref.ref(setting)
+    del setting
+    gc.collect()
+    assert kept() is None
+
+
+def test_the_inception_score_does_not_ask_how_a_set_is_sorted():
+    order = np.argsort(SPLITS.train.labels, kind='stable')
+    by_class = SPLITS._replace(train=SPLITS.train.load(order))
+    plain, sorted_by_class = (
+        scores(REAL, 'inception_score', splits=splits)['inception_score_of_real_images']
+        for splits in (SPLITS, by_class)
+    )
+    assert sorted_by_class == pytest.approx(plain, rel=0.05)
 
 
 def test_statistics_in_a_file_stand_for_the_reference_images(tmp_path):
@@ -142,7 +182,14 @@ def test_statistics_in_a_file_stand_for_the_reference_images(tmp_path):
     told = scores(REAL, 'frechet_distance', reference_name=str(tmp_path / 'statistics.npz'))
     assert told == {'frechet_distance': pytest.approx(scores(REAL, 'frechet_distance')['frechet_distance'])}
     np.savez(tmp_path / 'small.npz', mu=np.zeros(3), sigma=np.eye(3))
-    for path, message in (('small.npz', r'holds statistics of \(3,\) features'), ('none.npz', 'no .npz file with mu')):
+    np.savez(tmp_path / 'nan.npz', mu=np.full(64, np.nan), sigma=np.eye(64))
+    (tmp_path / 'half.npz').write_bytes((tmp_path / 'statistics.npz').read_bytes()[:9000])
+    for path, message in (
+        ('small.npz', r'holds statistics of \(3,\) features'),
+        ('none.npz', 'no .npz file with mu'),
+        ('half.npz', 'no .npz file with mu'),
+        ('nan.npz', 'statistics with NaN'),
+    ):
         with pytest.raises(UsageError, match=message):
             scores(REAL, 'frechet_distance', reference_name=str(tmp_path / path))
     with pytest.raises(UsageError, match='compares images one by one'):

@@ -10,7 +10,7 @@ import pytest
 from runs import ROOT
 
 from diffusion_jax import UsageError, data
-from diffusion_jax.evaluation.features import SHIPPED, load_classifier, load_features, load_inception
+from diffusion_jax.evaluation.features import SHIPPED, in_batches, load_classifier, load_features, load_inception
 from diffusion_jax.evaluation.frechet_distance import Moments, distance
 from diffusion_jax.evaluation.inception_score import InceptionScore
 from diffusion_jax.evaluation.kernel_distance import kernel_distance
@@ -81,7 +81,7 @@ def test_fid_kid_and_inception_score_are_theirs(read):
     assert distance(*moments) == pytest.approx(float(REFERENCE[f'{name}_fid']), rel=1e-4)
     if name == 'torch_fidelity':
         assert kernel_distance(first, second, 10, 20) == pytest.approx(REFERENCE['torch_fidelity_kid'], rel=1e-4)
-        score = InceptionScore(30)
+        score = InceptionScore(30, shuffle=False)
         score.update(logits[:30])
         assert score.score() == pytest.approx(REFERENCE['torch_fidelity_isc'], rel=1e-4)
 
@@ -170,3 +170,15 @@ def test_one_two_and_eight_devices_read_the_same():
     for count in (2, 8):
         features, _ = network(DIGITS.test.images, make_mesh(devices=jax.devices()[:count]))
         np.testing.assert_allclose(features, reference, atol=1e-5)
+
+
+def test_images_are_split_over_the_devices():
+    seen = []
+
+    def apply(params, x):
+        jax.debug.inspect_array_sharding(x, callback=lambda sharding: seen.append(sharding.num_devices))
+        jax.debug.inspect_array_sharding(x, callback=lambda sharding: seen.append(sharding.shard_shape(x.shape)[0]))
+        return x.mean(axis=(1, 2)), x.mean(axis=(1, 2))
+
+    list(in_batches(apply, {}, DIGITS.test.images[:64], mesh=make_mesh(devices=jax.devices()[:8])))
+    assert seen == [8, 8]

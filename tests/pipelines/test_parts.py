@@ -79,3 +79,12 @@ def test_the_fingerprint_tells_what_a_sample_looks_like():
     assert fingerprint(same) == fingerprint(load_config().sample)
     for other in ({'sample__seed': 1}, {'sample__steps': 7}, {'sample__guidance_scale': 3.0}, {'sample__ema': False}):
         assert fingerprint(load_config(**other).sample) != fingerprint(same)
+
+
+def test_samples_of_a_file_are_not_gone_on_with_once_it_is_another(tmp_path):
+    file = tmp_path / 'model.safetensors'
+    file.write_bytes(b'one')
+    before = fingerprint(SECTION, str(file))
+    assert fingerprint(SECTION, str(file)) == before
+    file.write_bytes(b'two')
+    assert fingerprint(SECTION, str(file)) != before
