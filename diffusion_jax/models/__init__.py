@@ -5,9 +5,10 @@ from collections.abc import Callable
 from flax import nnx
 
 from diffusion_jax.models.classifier import Classifier
+from diffusion_jax.models.conditional_unet import ConditionalUNet
 from diffusion_jax.models.functional import Params, count_params, functional, split
 from diffusion_jax.models.unet import UNet
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {'unet': UNet}
+MODELS: dict[str, Callable[..., nnx.Module]] = {'unet': UNet, 'conditional_unet': ConditionalUNet}
 
-__all__ = ['MODELS', 'Classifier', 'Params', 'UNet', 'count_params', 'functional', 'split']
+__all__ = ['MODELS', 'Classifier', 'ConditionalUNet', 'Params', 'UNet', 'count_params', 'functional', 'split']

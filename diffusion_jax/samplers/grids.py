@@ -35,6 +35,11 @@ def dpm_leading(num_timesteps: int, steps: int) -> np.ndarray:
     return np.arange(1, steps + 1)[::-1] * (num_timesteps // (steps + 1))
 
 
+def dpm_leading_offset(num_timesteps: int, steps: int) -> np.ndarray:
+    """k * (T // (N + 1)) + 1: `dpm_leading` with Stable Diffusion's steps_offset=1."""
+    return dpm_leading(num_timesteps, steps) + 1
+
+
 def dpm_linspace(num_timesteps: int, steps: int) -> np.ndarray:
     """round(linspace(T - 1, 0, N + 1)) without its last: what diffusers' DPM-Solver and UniPC call linspace."""
     return np.round(np.linspace(num_timesteps - 1, 0, steps + 1)).astype(int)[:-1]
@@ -51,6 +56,7 @@ INDEX_SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
     'trailing': trailing,
     'linspace': linspace,
     'dpm_leading': dpm_leading,
+    'dpm_leading_offset': dpm_leading_offset,
     'dpm_linspace': dpm_linspace,
     'quadratic': quadratic_indices,
 }
