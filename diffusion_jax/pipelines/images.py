@@ -1,10 +1,10 @@
-"""Images from a trained model: by label, with guidance, by any solver, over all devices."""
+"""Images from a trained model: by label or by text, with guidance, by any solver, over all devices."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,64 @@ from diffusion_jax import guidance, samplers
 from diffusion_jax.denoisers import Apply, Denoiser, ModelDenoiser
 from diffusion_jax.errors import SamplingDiverged, UsageError
 from diffusion_jax.images import to_float, to_uint8
+from diffusion_jax.pipelines.latents import LatentSpace
 from diffusion_jax.schedules import Schedule
 from diffusion_jax.training.sharding import fetch, make_mesh, num_batch_shards, on_mesh, put, replicated, sharded_batch
 
 
 class Samples(NamedTuple):
-    """Generated images, uint8 [N, H, W, C], and the labels asked for, [N] (None from an unconditional model)."""
+    """Generated images, uint8 [N, H, W, C], and the labels asked for, [N] (None from a model without labels)."""
 
     images: UInt8[np.ndarray, 'N H W C']
     labels: Int[np.ndarray, 'N'] | None
+
+
+Place = Callable[[np.ndarray], Array]
+"""An array of one entry per sample, [B, ...] -> the same on the devices."""
+
+
+class Prompts(Protocol):
+    """What makes texts into a model's conditioning."""
+
+    def check(self, texts: Sequence[str]) -> None:
+        """A `UsageError` for texts that cannot be read."""
+
+    def condition(self, texts: Sequence[str], size: tuple[int, int], place: Place) -> dict[str, Array]:
+        """Keyword arguments of `apply` for these texts, arrays [B, ...], and images of this height and width."""
+
+    def null(self, texts: Sequence[str] | None, num: int, size: tuple[int, int], place: Place) -> dict[str, Array]:
+        """The same for what guidance leads away from: `num` negative prompts, or None for none at all."""
+
+
+class Planner(Protocol):
+    """What makes the plan of a pipeline: it may know solvers, spacings and ends that fit the model best."""
+
+    clip: bool
+    """Whether the predicted x0 is clipped unless it is said."""
+
+    def __call__(
+        self,
+        schedule: Schedule,
+        solver: str | None,
+        steps: int,
+        spacing: str | None,
+        final: str | None,
+        strength: float,
+        options: Mapping[str, Any],
+    ) -> samplers.Plan:
+        """The plan; what is None is for the planner to choose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DefaultPlanner:
+    """DDIM on trailing steps to the data, where nothing else is said."""
+
+    clip: bool = True
+
+    def __call__(self, schedule, solver, steps, spacing, final, strength, options) -> samplers.Plan:
+        return samplers.plan(
+            solver or 'ddim', schedule, steps, spacing or 'trailing', final or 'zero', strength=strength, **options
+        )
 
 
 class _Progress:
@@ -48,8 +97,6 @@ class _Model:
     apply: Apply
     schedule: Schedule
     prediction: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
     learned_variance: bool
 
 
@@ -68,65 +115,78 @@ def _guidance(scale: float | None, rescale: float = 0.0, interval: tuple[float, 
     return _Guidance(jnp.float32(scale), jnp.float32(rescale), interval)
 
 
-def _denoiser(model: _Model, params: Any, labels: Int[Array, 'B'] | None, guided: _Guidance | None) -> Denoiser:
-    conditioning = {} if labels is None else {'label': labels}
+Conditioning = dict[str, Array]
+
+
+def _denoiser(
+    model: _Model, params: Any, conditioning: Conditioning, null: Conditioning | None, guided: _Guidance | None
+) -> Denoiser:
     denoiser = ModelDenoiser(
         model.apply, params, model.schedule, model.prediction, conditioning, model.learned_variance
     )
     if guided is None:
         return denoiser
-    null = {'label': jnp.full_like(labels, model.num_classes)}
     return guidance.classifier_free(denoiser, null, guided.scale, interval=guided.interval, rescale=guided.rescale)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'clip', 'on_step', 'mesh'))
+@functools.partial(jax.jit, static_argnames=('model', 'shape', 'clip', 'on_step', 'mesh'))
 def _sample(
     params: Any,
     plan: samplers.Plan,
-    seed: UInt32[Array, '2'],
+    seeds: UInt32[Array, 'B 2'],
     indices: Int[Array, 'B'],
-    labels: Int[Array, 'B'] | None,
+    conditioning: Conditioning,
+    null: Conditioning | None,
     guided: _Guidance | None,
+    noise: Float[Array, 'B H W C'] | None,
     start: Float[Array, 'B H W C'] | None,
     known: samplers.Known | None,
     *,
     model: _Model,
+    shape: tuple[int, int, int],
     clip: bool,
     on_step: Callable | None,
     mesh: Mesh,
-) -> tuple[UInt8[Array, 'B H W C'], Bool[Array, 'B']]:
-    """(images, whether each is finite). `start` is an image to begin from, with noise to where the plan begins.
+) -> Float[Array, 'B H W C']:
+    """Samples as the model has them. `start` is an image to begin from, with noise to where the plan begins.
 
-    The seed is a key's data: a host array, the same in every process.
+    The seeds are keys' data: host arrays, the same in every process.
     """
-    keys_init, keys_steps = _keys(seed, indices)
-    if start is None:
-        x = samplers.prior(plan, keys_init, (len(indices), *model.image_shape))
-    else:
+    keys_init, keys_steps = _keys(seeds, indices)
+    if start is not None:
         x = samplers.noised(plan, start, keys_init)
+    elif noise is not None:
+        x = jnp.asarray(plan.prior_std, jnp.float32) * noise
+    else:
+        x = samplers.prior(plan, keys_init, (len(indices), *shape))
 
     def draw(x):
-        denoiser = _denoiser(model, params, labels, guided)
+        denoiser = _denoiser(model, params, conditioning, null, guided)
         return samplers.sample(denoiser, plan, x, keys_steps, clip=clip, known=known, on_step=on_step)
 
-    x = on_mesh(mesh, draw)(x)
+    return on_mesh(mesh, draw)(x)
+
+
+@jax.jit
+def _finished(x: Float[Array, 'B H W C']) -> tuple[UInt8[Array, 'B H W C'], Bool[Array, 'B']]:
+    """(images, whether each is finite)."""
     return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
 
 
-def _keys(seed: UInt32[Array, '2'], indices: Int[Array, 'B']) -> tuple[Array, Array]:
+def _keys(seeds: UInt32[Array, 'B 2'], indices: Int[Array, 'B']) -> tuple[Array, Array]:
     """A key for each sample's first noise, and one for that of its steps: of (seed, index) alone."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(seed), indices)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), indices)
     keys_init, keys_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     return keys_init, keys_steps
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'clip', 'mesh'))
-def _trajectory(params, plan, seed, indices, labels, guided, *, model: _Model, clip: bool, mesh: Mesh):
-    keys_init, keys_steps = _keys(seed, indices)
-    x = samplers.prior(plan, keys_init, (len(indices), *model.image_shape))
+@functools.partial(jax.jit, static_argnames=('model', 'shape', 'clip', 'mesh'))
+def _trajectory(params, plan, seeds, indices, conditioning, null, guided, *, model: _Model, shape, clip, mesh: Mesh):
+    keys_init, keys_steps = _keys(seeds, indices)
+    x = samplers.prior(plan, keys_init, (len(indices), *shape))
 
     def draw(x):
-        denoiser = _denoiser(model, params, labels, guided)
+        denoiser = _denoiser(model, params, conditioning, null, guided)
         return samplers.sample_trajectory(denoiser, plan, x, keys_steps, clip=clip)
 
     return on_mesh(mesh, draw)(x)
@@ -143,6 +203,10 @@ class ImagePipeline:
       class_names: of the labels that it is conditioned on; empty if it is not.
       mesh: the devices to sample on; all by default.
       learned_variance: whether the network gives the variance besides, as `ModelDenoiser` has it.
+      latents: the autoencoder in whose latents the network works; None for one that works on pixels.
+      prompts: what makes texts into its conditioning; None if it takes no text.
+      planner: what chooses solver and grid where a call does not.
+      inpaints: whether it sees a mask and the masked image, as `extra`, besides x_t: then every call needs both.
     """
 
     def __init__(
@@ -155,15 +219,24 @@ class ImagePipeline:
         class_names: Sequence[str] = (),
         mesh: Mesh | None = None,
         learned_variance: bool = False,
+        latents: LatentSpace | None = None,
+        prompts: Prompts | None = None,
+        planner: Planner | None = None,
+        inpaints: bool = False,
     ):
         self.class_names = tuple(class_names)
         self.mesh = mesh or make_mesh()
         self.params = jax.tree.map(self._placed, params)
-        self._model = _Model(apply, schedule, prediction, tuple(image_shape), len(self.class_names), learned_variance)
+        self.image_shape = tuple(image_shape)
+        self.latents = None if latents is None else latents.placed(self._placed)
+        self.prompts = prompts
+        self.planner = planner or DefaultPlanner(clip=latents is None)
+        self.inpaints = inpaints
+        self._model = _Model(apply, schedule, prediction, learned_variance)
 
     @property
     def num_classes(self) -> int:
-        return self._model.num_classes
+        return len(self.class_names)
 
     def _placed(self, leaf: Array) -> Array:
         """On the mesh: a parameter that is there already, whole or in parts, stays as it is."""
@@ -175,19 +248,23 @@ class ImagePipeline:
         num: int,
         *,
         labels: Sequence[int] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
-        solver: str = 'ddim',
+        solver: str | None = None,
         steps: int = 50,
-        spacing: str = 'trailing',
-        final: str = 'zero',
+        spacing: str | None = None,
+        final: str | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         image: np.ndarray | None = None,
         strength: float = 1.0,
         mask: np.ndarray | None = None,
-        seed: int = 0,
+        noise: np.ndarray | None = None,
+        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 100,
-        clip: bool = True,
+        clip: bool | None = None,
         progress: bool = False,
         **solver_options: Any,
     ) -> Samples:
@@ -195,19 +272,25 @@ class ImagePipeline:
 
         Args:
           labels: taken in turn until there are `num`; every class in turn by default.
+          prompts: of a model that takes text: one text, or some that are taken in turn; '' by default.
+          negative_prompt: what guidance leads away from: one text, or some that are taken in turn; none by default.
           guidance_scale: classifier-free; 1 is the conditional model, None that model without the unconditional half's
             cost. A new value compiles nothing.
           solver: one of `samplers.SOLVERS`; `solver_options` are its own (eta, variance, order, ...). What there is to
-            know of each: `print(samplers.describe())`.
+            know of each: `print(samplers.describe())`. By default DDIM, or what a model that was imported says.
           steps: of the solver (twice as many images per model call with guidance).
-          spacing, final: of the steps, one of `samplers.SPACINGS` and of `samplers.FINALS`.
+          spacing, final: of the steps, one of `samplers.SPACINGS` and of `samplers.FINALS`; 'trailing' and 'zero' by
+            default, or what a model that was imported says.
           guidance_rescale, guidance_interval: of `guidance.classifier_free`.
           image: uint8, [H, W, C] or [num, H, W, C], to start from.
           strength: in (0, 1]: how much of `image` is given up to noise; 0.3 changes details, 1 all.
           mask: [H, W] or [num, H, W], 1 (or True) where `image` is kept and 0 where it is filled in.
-          seed: of the initial noise and of the solver's.
+          noise: what to begin with instead of noise of the seed: standard normal, [num, h, w, c] as the network has it.
+          size: (height, width) of the images, those it was trained on by default; not every network takes others.
+          seed: of the initial noise and of the solver's. One seed for all, of which sample i draws the i-th noise; or
+            some that are taken in turn: then each sample is what that seed alone, with num=1, gives.
           batch_size: images at a time, over all devices and processes; rounded up to a multiple of the batch's shards.
-          clip: clip the predicted x0 to [-1, 1] at every step.
+          clip: clip the predicted x0 to [-1, 1] at every step; by default where the model's x0 are images.
           progress: show a bar.
 
         Raises:
@@ -224,20 +307,25 @@ class ImagePipeline:
         num: int,
         *,
         first: int = 0,
+        decode: bool = True,
         labels: Sequence[int] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
-        solver: str = 'ddim',
+        solver: str | None = None,
         steps: int = 50,
-        spacing: str = 'trailing',
-        final: str = 'zero',
+        spacing: str | None = None,
+        final: str | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         image: np.ndarray | None = None,
         strength: float = 1.0,
         mask: np.ndarray | None = None,
-        seed: int = 0,
+        noise: np.ndarray | None = None,
+        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 100,
-        clip: bool = True,
+        clip: bool | None = None,
         progress: bool = False,
         **solver_options: Any,
     ) -> Iterator[Samples]:
@@ -245,50 +333,73 @@ class ImagePipeline:
 
         Args:
           first: the samples before this one are left out; sample i is the same whatever `first` is.
+          decode: False gives the samples as the network has them, float32: latents, of a model of latents.
 
         In every process of several it yields the same samples: all of them.
         """
+        size = self._check_size(size)
         plan = self.plan(solver, steps, spacing, final=final, strength=strength, **solver_options)
         wanted = self.check(num, labels, guidance_scale, batch_size)
+        texts, negative = self._check_texts(num, prompts, negative_prompt, guidance_scale)
         if not 0 <= first < num:
             raise UsageError(f'first must be in 0..{num - 1}, got {first}.')
         self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
-        image, mask = self._check_image(num, image, strength, mask)
+        image, mask = self._check_image(num, size, image, strength, mask)
+        shape = self._shape_of(size)
+        if noise is not None:
+            noise = np.asarray(noise, np.float32)
+            if noise.shape != (num, *shape) or strength < 1:
+                raise UsageError(f'noise must be {(num, *shape)}, and the strength 1; got {noise.shape}, {strength}.')
+        seeds, indices = _seeds(seed, num)
         shards = num_batch_shards(self.mesh)
         batch_size = -(-min(batch_size, num - first) // shards) * shards
         starts = range(first, num, batch_size)
         plan, guided = jax.tree.map(np.asarray, (plan, guided))  # host arrays: the same in every process
-        key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
-        sharding = sharded_batch(self.mesh)
+        clip = self.planner.clip if clip is None else clip
         show = progress and jax.process_index() == 0
         bar = tqdm(total=len(starts) * plan.num_calls, desc='sampling', unit='step', leave=None) if show else None
         try:
             for start in starts:
                 rows = np.arange(start, start + batch_size)
-                placed = functools.partial(_place, rows=rows, sharding=sharding)
-                start_image = placed(image)
+                placed = functools.partial(_place, rows=rows, sharding=sharded_batch(self.mesh))
+                conditioning, null = self._condition(rows, wanted, texts, negative, size, guided is not None)
+                origin, known = self._origin(placed(image), placed(mask))
+                if self.inpaints:
+                    extra = {'extra': self._seen(placed(image), placed(mask))}
+                    conditioning, null, known = conditioning | extra, None if null is None else null | extra, None
                 _PROGRESS.bar = bar
-                batch, finite = _sample(
+                batch = _sample(
                     self.params,
                     plan,
-                    key_data,
-                    put(rows.astype(np.int32), sharding),
-                    placed(wanted),
+                    placed(seeds),
+                    placed(indices),
+                    conditioning,
+                    null,
                     guided,
-                    start_image if strength < 1 else None,
-                    None if mask is None else samplers.Known(start_image, placed(mask)),
+                    placed(noise),
+                    origin if strength < 1 else None,
+                    known,
                     model=self._model,
+                    shape=shape,
                     clip=clip,
                     on_step=_PROGRESS if show else None,
                     mesh=self.mesh,
                 )
+                if decode and self.latents is not None:
+                    batch = self.latents.decode(batch)
                 count = min(batch_size, num - start)
-                images, finite = fetch(batch)[:count], fetch(finite)[:count]
+                images, finite = (fetch(array)[:count] for array in _finished(batch))
                 if show:
                     jax.effects_barrier()
                 if not finite.all():
                     raise SamplingDiverged(int((~finite).sum()), count)
+                if not decode:
+                    images = fetch(batch)[:count]
+                elif mask is not None and self.latents is not None:
+                    # Pixels that are kept are so to the last bit; an autoencoder gives them nearly.
+                    part = slice(start, start + count)
+                    images = np.where(mask[part] != 0, np.asarray(to_uint8(image[part])), images)
                 yield Samples(images, None if wanted is None else wanted[start : start + count])
         finally:
             if bar is not None:
@@ -299,44 +410,54 @@ class ImagePipeline:
         num: int,
         *,
         labels: Sequence[int] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
-        solver: str = 'ddim',
+        solver: str | None = None,
         steps: int = 50,
-        spacing: str = 'trailing',
-        final: str = 'zero',
+        spacing: str | None = None,
+        final: str | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-        seed: int = 0,
-        clip: bool = True,
+        size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] = 0,
+        clip: bool | None = None,
         **solver_options: Any,
     ) -> samplers.Trajectory:
         """The way of `num` samples from noise to image: those that a call with these settings draws.
 
         Returns:
           x, float [steps + 1, num, H, W, C], from the noise on, and x0, [steps, num, ...], what was predicted at each
-          step, both on the host. x is the solver's: of size alpha x0 + sigma eps.
+          step, both on the host, and latents of a model of latents. x is the solver's: of size alpha x0 + sigma eps.
 
         Raises:
           UsageError: as a call does.
           SamplingDiverged: the network gave NaN or inf.
         """
+        size = self._check_size(size)
         plan = self.plan(solver, steps, spacing, final=final, **solver_options)
         self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         wanted = self.check(num, labels, guidance_scale, num)
+        texts, negative = self._check_texts(num, prompts, negative_prompt, guidance_scale)
+        self._check_image(num, size, None, 1.0, None)
         guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
         plan, guided = jax.tree.map(np.asarray, (plan, guided))
         shards = num_batch_shards(self.mesh)
         rows = np.arange(-(-num // shards) * shards)
-        sharding = sharded_batch(self.mesh)
+        placed = functools.partial(_place, rows=rows, sharding=sharded_batch(self.mesh))
+        conditioning, null = self._condition(rows, wanted, texts, negative, size, guided is not None)
+        seeds, indices = _seeds(seed, num)
         trajectory = _trajectory(
             self.params,
             plan,
-            np.asarray(jax.random.key_data(jax.random.key(seed))),
-            put(rows.astype(np.int32), sharding),
-            _place(wanted, rows=rows, sharding=sharding),
+            placed(seeds),
+            placed(indices),
+            conditioning,
+            null,
             guided,
             model=self._model,
-            clip=clip,
+            shape=self._shape_of(size),
+            clip=self.planner.clip if clip is None else clip,
             mesh=self.mesh,
         )
         trajectory = jax.tree.map(lambda leaf: fetch(leaf)[:, :num], trajectory)
@@ -344,13 +465,49 @@ class ImagePipeline:
             raise SamplingDiverged(bad, num)
         return trajectory
 
+    def _condition(
+        self,
+        rows: Int[np.ndarray, 'B'],
+        labels: Int[np.ndarray, 'N'] | None,
+        texts: list[str] | None,
+        negative: list[str] | None,
+        size: tuple[int, int],
+        guided: bool,
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """(conditioning, null) of these rows of the samples; no null without guidance."""
+        sharding = sharded_batch(self.mesh)
+        conditioning, null = {}, {}
+        if labels is not None:
+            conditioning['label'] = _place(labels, rows=rows, sharding=sharding)
+            null['label'] = put(np.full(len(rows), self.num_classes, np.int32), sharding)
+        if self.prompts is not None:
+
+            def of_rows(values):
+                return None if values is None else [values[row % len(values)] for row in rows]
+
+            place = functools.partial(put, sharding=sharding)
+            conditioning |= self.prompts.condition(of_rows(texts), size, place)
+            if guided:
+                null |= self.prompts.null(of_rows(negative), len(rows), size, place)
+        return conditioning, null if guided else None
+
+    def _origin(self, image, mask) -> tuple[Array | None, samplers.Known | None]:
+        """(the image to start from, what inpainting keeps), as the network has them."""
+        if image is None:
+            return None, None
+        if self.latents is None:
+            return image, None if mask is None else samplers.Known(image, mask)
+        latents = self.latents.encode(image)
+        return latents, None if mask is None else samplers.Known(latents, self.latents.wholly(mask))
+
+    def _seen(self, image, mask) -> Float[Array, 'B h w E']:
+        """What a network that inpaints sees besides x_t: 1 where it shall paint, and the latents of what is kept."""
+        visible = self.latents.encode(image * mask)
+        return jnp.concatenate([1.0 - self.latents.nearest(mask), visible], axis=-1)
+
     @property
     def schedule(self) -> Schedule:
         return self._model.schedule
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self._model.image_shape
 
     @property
     def learned_variance(self) -> bool:
@@ -360,21 +517,39 @@ class ImagePipeline:
         """The network as a denoiser, to use with `samplers` directly: inversion, restoration, ideas of your own.
 
         Args:
-          labels: one per sample of the batch that it is called with; None for an unconditional model.
+          labels: one per sample of the batch that it is called with; None for a model without labels.
           guidance_scale: as in a call of the pipeline.
         """
         if labels is None and self.num_classes:
             raise UsageError(f'this model is conditioned on labels: give one per sample, 0..{self.num_classes - 1}.')
-        wanted = None if labels is None else jnp.asarray(self.check(len(labels), labels, guidance_scale, len(labels)))
-        return _denoiser(self._model, self.params, wanted, _guidance(guidance_scale))
+        if self.prompts is not None:
+            raise UsageError('this model takes text: `conditioned` is the denoiser of such a one.')
+        if labels is None:
+            return self.conditioned({}, None, guidance_scale)
+        wanted = jnp.asarray(self.check(len(labels), labels, guidance_scale, len(labels)))
+        return self.conditioned({'label': wanted}, {'label': jnp.full_like(wanted, self.num_classes)}, guidance_scale)
+
+    def conditioned(
+        self, conditioning: Conditioning, null: Conditioning | None = None, guidance_scale: float | None = None
+    ) -> Denoiser:
+        """The network as a denoiser under this conditioning, and with guidance away from `null`: arrays [B, ...]."""
+        return _denoiser(self._model, self.params, conditioning, null, _guidance(guidance_scale))
 
     def denoiser_of(self, params: Any, labels: Int[Array, 'B'] | None = None) -> Denoiser:
         """As `denoiser`, without guidance, of traced parameters and labels: for use inside a jitted function."""
-        return _denoiser(self._model, params, labels, None)
+        return _denoiser(self._model, params, {} if labels is None else {'label': labels}, None, None)
 
-    def plan(self, solver: str, steps: int, spacing: str, **options: Any) -> samplers.Plan:
-        """The solver on its grid, for the schedule of this model; options are those of `samplers.plan`."""
-        plan = samplers.plan(solver, self._model.schedule, steps, spacing, **options)
+    def plan(
+        self,
+        solver: str | None,
+        steps: int,
+        spacing: str | None = None,
+        final: str | None = None,
+        strength: float = 1.0,
+        **options: Any,
+    ) -> samplers.Plan:
+        """The solver on its grid, for the schedule of this model; what is None is as a call has it by default."""
+        plan = self.planner(self._model.schedule, solver, steps, spacing, final, strength, options)
         if plan.alpha[0] == 0 and self._model.prediction in ('eps', 'score'):
             raise UsageError(
                 f'this model predicts {self._model.prediction}, which says nothing of the image where there is no '
@@ -390,15 +565,57 @@ class ImagePipeline:
             raise UsageError('guidance_rescale and guidance_interval need a guidance_scale.')
         guidance.check_options(interval, rescale)
 
-    def _check_image(self, num: int, image: np.ndarray | None, strength: float, mask: np.ndarray | None):
+    def _shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The shape that the network has images of this size in."""
+        return (*size, self.image_shape[2]) if self.latents is None else self.latents.shape_of(size)
+
+    def _check_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        size = self.image_shape[:2] if size is None else tuple(size)
+        if len(size) != 2 or min(size) < 1:
+            raise UsageError(f'size must be (height, width) in pixels, got {size}.')
+        if self.latents is not None and any(side % self.latents.factor for side in size):
+            raise UsageError(
+                f'size must be in multiples of {self.latents.factor} pixels, which become one latent; got {size}.'
+            )
+        return size
+
+    def _check_texts(
+        self,
+        num: int,
+        prompts: str | Sequence[str] | None,
+        negative: str | Sequence[str] | None,
+        guidance_scale: float | None,
+    ) -> tuple[list[str] | None, list[str] | None]:
+        """(prompts, negative prompts), to be taken in turn; None for those that there are none of."""
+        if self.prompts is None:
+            if prompts is not None or negative is not None:
+                raise UsageError('this model takes no text: no prompts and no negative_prompt.')
+            return None, None
+        if negative is not None and guidance_scale is None:
+            raise UsageError('a negative_prompt is what guidance leads away from: set a guidance_scale, such as 7.5.')
+
+        def listed(texts):
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            if not texts or len(texts) > num:
+                raise UsageError(f'there must be 1 to {num} prompts for {num} images, got {len(texts)}.')
+            self.prompts.check(texts)
+            return texts
+
+        return listed('' if prompts is None else prompts), None if negative is None else listed(negative)
+
+    def _check_image(
+        self, num: int, size: tuple[int, int], image: np.ndarray | None, strength: float, mask: np.ndarray | None
+    ):
         """(image as float [num, H, W, C], mask as [num, H, W, 1]), each None where it is not given."""
+        if self.inpaints and (image is None or mask is None):
+            raise UsageError('this model fills in a part of an image: give an image and a mask.')
         if image is None:
             if strength != 1 or mask is not None:
                 raise UsageError('strength and mask need an image to start from.')
             return None, None
         if strength == 1 and mask is None:
             raise UsageError('an image needs a strength below 1 (variations of it) or a mask (filling in a part).')
-        shape = self._model.image_shape
+        shape = (*size, self.image_shape[2])
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.shape not in (shape, (num, *shape)):
             raise UsageError(
@@ -420,7 +637,9 @@ class ImagePipeline:
         if guidance_scale is not None and not (np.isfinite(guidance_scale) and guidance_scale >= 0):
             raise UsageError(f'guidance_scale must be 0 or more, got {guidance_scale}.')
         if not self.num_classes:
-            if labels is not None or guidance_scale is not None:
+            if labels is not None and self.prompts is not None:
+                raise UsageError('this model takes text and no labels.')
+            if labels is not None or (guidance_scale is not None and self.prompts is None):
                 raise UsageError('this model is unconditional: it takes no labels and no guidance_scale.')
             return None
         valid = f'0..{self.num_classes - 1} ({", ".join(self.class_names)})'
@@ -433,6 +652,17 @@ class ImagePipeline:
 def _place(array, *, rows: Int[np.ndarray, 'B'], sharding) -> Any:
     """These rows of an array of samples on the devices, from the start again where it ends."""
     return None if array is None else put(array[rows % len(array)], sharding)
+
+
+def _seeds(seed: int | Sequence[int], num: int) -> tuple[UInt32[np.ndarray, 'N 2'], Int[np.ndarray, 'N']]:
+    """(key data, index) of each sample."""
+    try:
+        several = [int(value) for value in seed] if isinstance(seed, Sequence | np.ndarray) else None
+        keys = [np.asarray(jax.random.key_data(jax.random.key(value))) for value in several or [int(seed)]]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f'seed must be an integer, or some that are taken in turn; got {seed!r}: {error}.') from None
+    turns = np.arange(num) % len(keys)
+    return np.stack(keys)[turns], np.zeros(num, np.int32) if several else np.arange(num, dtype=np.int32)
 
 
 def parse_labels(text: str) -> list[int] | None:
