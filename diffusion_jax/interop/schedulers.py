@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-
 from diffusion_jax.errors import UsageError
 from diffusion_jax.registry import lookup, parameters_of
 from diffusion_jax.samplers import SOLVERS, Plan, time_grid
@@ -128,7 +127,7 @@ def completed(config: Mapping[str, Any], name: str | None = None) -> dict[str, A
 
 
 def schedule_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """name and options for `SCHEDULES`, as a config of ours holds them, of a scheduler's config without trained betas."""
+    """name and options for `SCHEDULES`, as our configs hold them; trained betas are not among what those can say."""
     config = {**COMMON, **config}
     num = config['num_train_timesteps']
     match config['beta_schedule']:

@@ -103,7 +103,7 @@ ACTIVATIONS: dict[str, Callable] = {
 def timestep_embedding(
     t: Float[Array, 'B'], features: int, *, cosine_first: bool = True, shift: float = 0.0, max_period: float = 10_000.0
 ) -> Float[Array, 'B features']:
-    """Cosines and sines, in that order or not, of t at `features` / 2 frequencies max_period^(-i / (features / 2 - shift)).
+    """Cosines and sines, in that order or not, of t at frequencies max_period^(-i / (features / 2 - shift)).
 
     Stable Diffusion: cosines first, shift 0. DiT: cosines first, shift 1. DDPM: sines first, shift 1.
     """
