@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.conditional_unet import ConditionalUNet
 from diffusion_jax.models.functional import Params, count_params, functional, split
@@ -11,4 +12,14 @@ from diffusion_jax.models.unet import UNet
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {'unet': UNet, 'conditional_unet': ConditionalUNet}
 
-__all__ = ['MODELS', 'Classifier', 'ConditionalUNet', 'Params', 'UNet', 'count_params', 'functional', 'split']
+__all__ = [
+    'MODELS',
+    'AutoencoderKL',
+    'Classifier',
+    'ConditionalUNet',
+    'Params',
+    'UNet',
+    'count_params',
+    'functional',
+    'split',
+]

@@ -75,7 +75,9 @@ def test_the_config_survives_a_round_trip(family):
     assert unet_options(json.loads(json.dumps(unet_config(options)))) == options
 
 
-@pytest.mark.parametrize(('family', 'millions'), [('sd1', 859.52), ('sd2', 865.91), ('sdxl', 2567.46)])
+@pytest.mark.parametrize(
+    ('family', 'millions'), [('sd1', 859.52), ('sd2', 865.91), pytest.param('sdxl', 2567.46, marks=pytest.mark.slow)]
+)
 def test_its_size_is_the_published_one(family, millions):
     init, _ = build(**{'resolution': 64, **STABLE_DIFFUSION[family]})
     assert count_params(jax.eval_shape(init, jax.random.key(0))) / 1e6 == pytest.approx(millions, abs=0.005)
