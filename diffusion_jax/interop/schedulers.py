@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from diffusion_jax.errors import UsageError
 from diffusion_jax.registry import lookup, parameters_of
 from diffusion_jax.samplers import SOLVERS, Plan, time_grid
@@ -83,6 +85,14 @@ CLIPS = ('DDPMScheduler', 'DDIMScheduler')
 STEPS_APART = ('DPMSolverMultistepScheduler', 'UniPCMultistepScheduler')
 """Classes whose 'leading' and 'linspace' are those of N + 1 steps."""
 
+UNROUNDED = (
+    'EulerDiscreteScheduler',
+    'EulerAncestralDiscreteScheduler',
+    'HeunDiscreteScheduler',
+    'LMSDiscreteScheduler',
+)
+"""Classes whose 'linspace' falls between the chain's indices."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -93,6 +103,7 @@ class Sampling:
       spacing, final: of `samplers.time_grid`.
       last_call_is_idle: the grid's last index is where diffusers ends, too: its last call changes nothing, and we do
         not make it.
+      rounded: whether a 'linspace' grid is rounded to the chain's indices.
       clip: whether the predicted x0 is clipped to [-1, 1].
     """
 
@@ -101,6 +112,7 @@ class Sampling:
     spacing: str
     final: str
     last_call_is_idle: bool
+    rounded: bool
     clip: bool
 
     def plan(self, schedule: Schedule, steps: int, strength: float = 1.0, **options: Any) -> Plan:
@@ -109,12 +121,16 @@ class Sampling:
         Raises:
           UsageError: for a number of steps that there is no such grid for.
         """
-        if self.last_call_is_idle:
+        if self.spacing == 'linspace' and not self.rounded:
+            last = schedule.num_timesteps - 1
+            between = np.linspace(last, 0, steps)
+            times = np.append((between + 1) / schedule.num_timesteps, [] if self.last_call_is_idle else 0.0)
+        elif self.last_call_is_idle:
             times = time_grid(schedule, steps, self.spacing, 'zero')[:-1]
-            if len(times) < 2:
-                raise UsageError(f'this scheduler has no grid of {steps} step: its one call changes nothing.')
         else:
             times = time_grid(schedule, steps, self.spacing, self.final)
+        if len(times) < 2:
+            raise UsageError(f'this scheduler has no grid of {steps} step: its one call changes nothing.')
         function = lookup('solver', SOLVERS, self.solver)
         return function(schedule, partial_grid(times, strength), **{**self.options, **options})
 
@@ -184,7 +200,7 @@ def sampling_of(config: Mapping[str, Any], solver: str | None = None) -> Samplin
         raise UsageError(f'clip_sample_range={config["clip_sample_range"]} is not supported, only 1.')
     if config.get('thresholding'):
         raise UsageError('thresholding=true of a scheduler is not supported: guidance.dynamic_threshold has it.')
-    return Sampling(chosen, options, spacing, final, idle, clip)
+    return Sampling(chosen, options, spacing, final, idle, name not in UNROUNDED, clip)
 
 
 def _grid_of(config: Mapping[str, Any]) -> tuple[str, str, bool]:
