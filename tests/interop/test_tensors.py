@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_variants_are_found(tmp_path):
     write(tmp_path / f'{STEM}.safetensors', a=[2.0])
     assert [path.name for path in find_weights(tmp_path, STEM)] == [f'{STEM}.safetensors']
     assert [path.name for path in find_weights(tmp_path, STEM, 'fp16')] == [f'{STEM}.fp16.safetensors']
-    with pytest.raises(UsageError, match='variants there: fp16, None|variants there: None, fp16'):
+    with pytest.raises(UsageError, match=r'variants there: (fp16, None|None, fp16)'):
         find_weights(tmp_path, STEM, 'bf16')
 
 
@@ -62,7 +63,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
     folder.mkdir()
     write(tmp_path / 'outside.safetensors', a=[1.0])
     (folder / f'{STEM}.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': name}}))
-    with pytest.raises(UsageError, match='not the plain name|is damaged'):
+    with pytest.raises(UsageError, match=r'not the plain name|is damaged'):
         find_weights(folder, STEM)
 
 
@@ -126,7 +127,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 def test_a_type_that_is_no_parameters_is_refused(tmp_path):
     save_file({'a': np.zeros(3, np.uint8)}, tmp_path / 'a.safetensors')
-    with pytest.raises(UsageError, match='a in .* is of type U8'):
+    with pytest.raises(UsageError, match=r'a in .* is of type U8'):
         TensorFiles([tmp_path / 'a.safetensors'])['a']
 
 
@@ -151,14 +152,7 @@ def test_names_and_layouts_go_both_ways():
     np.testing.assert_array_equal(written['attn.to_out.0.weight'], params['attn']['to_out']['kernel'].T)
     np.testing.assert_array_equal(written['token.weight'], params['token']['embedding'])
     again = import_params(written, params, rename)
-    assert all(
-        np.array_equal(
-            again[a][b] if b != 'to_out' else again[a][b]['kernel'],
-            params[a][b] if b != 'to_out' else params[a][b]['kernel'],
-        )
-        for a in params
-        for b in params[a]
-    )
+    jax.tree.map(np.testing.assert_array_equal, again, params)
     assert torch_name(('a', 'ff', 'proj', 'kernel'), rename) == 'a.ff.net.0.proj.weight'
 
 
