@@ -130,7 +130,7 @@ def check_names(
     """A `UsageError` unless the tensors are those wanted, of their shapes."""
 
     def shape(name: str) -> tuple[int, ...]:
-        return tensors.shape(name) if isinstance(tensors, TensorFiles) else tensors[name].shape
+        return tensors.shape(name) if hasattr(tensors, 'shape') else tensors[name].shape
 
     have = {name for name in tensors if not re.fullmatch(ignored, name)}
     wrong = [f'{name} is missing' for name in sorted(shapes.keys() - have)]
