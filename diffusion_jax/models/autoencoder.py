@@ -221,16 +221,15 @@ class AutoencoderKL(nnx.Module):
         remat: str = 'none',
         rngs: nnx.Rngs,
     ):
-        lookup('remat', REMATS, remat)
-        lookup('dtype', DTYPES, dtype)
-        sizes = (image_channels, latent_channels, channels, num_res_blocks, len(channel_multipliers))
-        if min(*sizes, *channel_multipliers) < 1:
-            raise UsageError(
-                'an autoencoder needs at least one channel of images and latents, one channel multiplier and one '
-                f'ResBlock per level, got image_channels={image_channels}, latent_channels={latent_channels}, '
-                f'channels={channels}, channel_multipliers={tuple(channel_multipliers)}, '
-                f'num_res_blocks={num_res_blocks}.'
-            )
+        check_autoencoder(
+            image_channels=image_channels,
+            latent_channels=latent_channels,
+            channels=channels,
+            channel_multipliers=channel_multipliers,
+            num_res_blocks=num_res_blocks,
+            dtype=dtype,
+            remat=remat,
+        )
         self.factor = 2 ** (len(channel_multipliers) - 1)
         widths = [channels * multiplier for multiplier in channel_multipliers]
         setup = {'num_groups': num_groups, 'dtype': DTYPES[dtype], 'remat': remat, 'rngs': rngs}
@@ -253,17 +252,43 @@ class AutoencoderKL(nnx.Module):
         raise UsageError(f"method must be 'encode' or 'decode', got {method!r}.")
 
     def _encoded(self, x: Float[Array, 'B H W C']) -> Moments:
-        if x.shape[1] % self.factor or x.shape[2] % self.factor:
-            raise UsageError(
-                f'images of {x.shape[1]}x{x.shape[2]} cannot be encoded: their sides must be multiples of '
-                f'{self.factor}.'
-            )
+        check_sides(x, self.factor)
         h = self.encoder(x)
         mean, log_variance = jnp.split(h if self.quant_conv is None else self.quant_conv(h), 2, axis=-1)
         return Moments(mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
 
     def _decoded(self, z: Float[Array, 'B h w c']) -> Float[Array, 'B H W C']:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+
+def check_autoencoder(
+    *,
+    image_channels: int,
+    latent_channels: int,
+    channels: int,
+    channel_multipliers: Sequence[int],
+    num_res_blocks: int,
+    dtype: str,
+    remat: str,
+) -> None:
+    """A `UsageError` for settings of which no autoencoder can be made."""
+    lookup('remat', REMATS, remat)
+    lookup('dtype', DTYPES, dtype)
+    sizes = (image_channels, latent_channels, channels, num_res_blocks, len(channel_multipliers))
+    if min(*sizes, *channel_multipliers) < 1:
+        raise UsageError(
+            'an autoencoder needs at least one channel of images and latents, one channel multiplier and one '
+            f'ResBlock per level, got image_channels={image_channels}, latent_channels={latent_channels}, '
+            f'channels={channels}, channel_multipliers={tuple(channel_multipliers)}, num_res_blocks={num_res_blocks}.'
+        )
+
+
+def check_sides(x: Float[Array, 'B H W C'], factor: int) -> None:
+    """A `UsageError` for images that do not halve evenly."""
+    if x.shape[1] % factor or x.shape[2] % factor:
+        raise UsageError(
+            f'images of {x.shape[1]}x{x.shape[2]} cannot be encoded: their sides must be multiples of {factor}.'
+        )
 
 
 def encode(apply: Callable[..., Any], params: Any, images: Float[Array, 'B H W C']) -> Moments:

@@ -18,10 +18,15 @@ def conv_general_dilated(x: Array, kernel: Array, window_strides: Any, padding: 
     taken of an equal expression instead. Elsewhere, and of other kernels, nothing changes.
     """
     no_strides = {*window_strides, *options['lhs_dilation'], *options['rhs_dilation']} == {1}
-    images_by_3x3 = x.ndim == 4 and kernel.shape[:2] == (3, 3) and padding == 'SAME'
+    images_by_3x3 = x.ndim == 4 and kernel.shape[:2] == (3, 3) and _is_same(padding)
     if made_for_cpu() and images_by_3x3 and no_strides and options['feature_group_count'] == 1:
         return _conv_3x3(x, kernel)
     return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+
+
+def _is_same(padding: Any) -> bool:
+    """Of a 3x3 kernel without strides."""
+    return padding == 'SAME' if isinstance(padding, str) else [tuple(pair) for pair in padding] == [(1, 1), (1, 1)]
 
 
 def made_for_cpu() -> bool:
