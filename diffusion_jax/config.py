@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.models import UNet
-from diffusion_jax.registry import parameters_of
+from diffusion_jax.models import MODELS, UNet
+from diffusion_jax.registry import lookup, parameters_of
 from diffusion_jax.samplers import SOLVERS
 from diffusion_jax.training.sharding import DEFAULT_RULES
 
@@ -29,6 +29,7 @@ SOLVER_OPTIONS: dict[str, type] = {
 def default_config() -> ConfigDict:
     """All keys. The model's resolution, image channels and number of classes come from the data."""
     config = ConfigDict()
+    config.task = 'diffusion'  # or 'autoencoder', for which schedule, loss and labels mean nothing
     config.seed = 0
     config.init_from = placeholder(str)  # a model to begin from: pretrained:NAME, a .safetensors file, a run's folder
 
@@ -57,6 +58,22 @@ def default_config() -> ConfigDict:
             'time_sampler': 'uniform',  # 'stratified', or 'loss_history': by importance, on a chain
             'vlb_weight': 0.0,  # of the variational bound, with model.learned_variance; improved DDPM has 0.001
         }
+    )
+    config.autoencoder = (
+        ConfigDict(  # the objective of task='autoencoder', model.name='autoencoder_kl' or 'autoencoder_vq'
+            {
+                'reconstruction': 'l1',  # or 'l2': mean |x - y|, or of its square, over pixels
+                'kl_weight': 1e-6,  # of the latents' KL per number of the image, as in Latent Diffusion; autoencoder_kl
+                'commitment_weight': 0.25,  # of the encoder's distance to the codebook; autoencoder_vq
+                'perceptual_weight': 0.0,  # of the distance between features
+                'perceptual_features': 'auto',  # as evaluate.features: the shipped classifier, or one of FEATURES
+                'perceptual_file': placeholder(str),  # the weights of features 'inception' and 'classifier'
+                'discriminator_weight': 0.0,  # of the adversarial term, times what balances its gradient (VQGAN, eq. 7)
+                'discriminator_start': 0,  # the step at which the discriminator begins, and the term with it
+                'discriminator_channels': 64,  # of its first layer
+                'discriminator_layers': 3,  # that halve
+            }
+        )
     )
     config.optimizer = ConfigDict(
         {
@@ -108,11 +125,13 @@ def default_config() -> ConfigDict:
     )
     config.evaluate = ConfigDict(
         {
-            'evaluators': ('nearest_neighbour',),  # of evaluation.EVALUATORS
+            'evaluators': ('nearest_neighbour',),  # of evaluation.EVALUATORS; of an autoencoder, RECONSTRUCTION_SCORES
             'num': 1000,  # samples, drawn as config.sample says
             'features': 'auto',  # the shipped classifier of these data; or one of evaluation.features.FEATURES
             'weights': placeholder(str),  # the file of features 'inception' and 'classifier'
-            'reference': 'train',  # real images that samples are held against, or 'test', or an .npz of statistics
+            # Real images that samples are held against, or that are reconstructed: 'train', 'test'; or a file of
+            # statistics for samples, .npz.
+            'reference': 'train',
             'num_likelihood': 64,  # test images, for bits_per_dim
             'after_training': True,
             'every': 0,  # steps between scores during training; 0: none
@@ -121,6 +140,11 @@ def default_config() -> ConfigDict:
     )
     config.export_dtype = 'float32'  # of --mode=export, or 'float16'
     return config.lock()
+
+
+def model_section(name: str) -> ConfigDict:
+    """`config.model` for the model of that name of `models.MODELS`: all of its arguments, at their defaults."""
+    return ConfigDict({'name': name, **_defaults_of(lookup('model', MODELS, name))})
 
 
 def _defaults_of(module: Callable[..., Any]) -> dict[str, Any]:
@@ -197,6 +221,8 @@ def with_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
     same_model = filled.model.name == default.model.name
     for key, value in flatten(default.to_dict()).items():
         section, _, name = key.rpartition('.')
+        if section and section.split('.')[0] not in filled:  # no section within a section was ever added
+            filled[section] = ConfigDict()
         holder = filled[section] if section else filled
         if ((section == 'model' and same_model) or not _open_ended(key)) and name not in holder:
             holder[name] = value

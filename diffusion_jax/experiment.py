@@ -32,6 +32,12 @@ class DataInfo:
     class_names: tuple[str, ...]
 
 
+TASKS = ('diffusion', 'autoencoder')
+
+AUTOENCODERS = ('autoencoder_kl', 'autoencoder_vq')
+"""Models of the task 'autoencoder'."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The network, the schedule and the objective that a config names.
@@ -80,16 +86,11 @@ def info_of(splits: data.Splits) -> DataInfo:
 
 def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
     """Resolves every name that matters to the model; a `UsageError` names what does not fit."""
-    check_keys(config)
-    height, width, channels = info.image_shape
-    if height != width:
-        raise UsageError(f'images must be square, got {height}x{width}: set data.resolution.')
-    if config.seed < 0:
-        raise UsageError(f'seed must be 0 or more, got {config.seed}.')
+    height, channels = _checked(config, info, 'diffusion')
+    if config.model.name in AUTOENCODERS:
+        raise UsageError(f"model.name={config.model.name!r} is trained with task='autoencoder'.")
     if not 0 <= config.label_dropout <= 1:
         raise UsageError(f'label_dropout must be in [0, 1], got {config.label_dropout}.')
-    if not 0 <= config.ema_decay < 1:
-        raise UsageError(f'ema_decay must be in [0, 1), got {config.ema_decay}.')
     num_classes = len(info.class_names) if config.class_conditional else 0
     schedule = build('schedule', SCHEDULES, **options(config.schedule))
     init, apply = functional(
@@ -137,6 +138,76 @@ def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
     lookup('prediction to train on', losses.LOG_ERROR_SCALE, config.loss.prediction)
     prediction = config.loss.prediction
     return Experiment(init, apply, loss, schedule, prediction, info, num_classes, bool(learned_variance), loss_history)
+
+
+def _checked(config: ConfigDict, info: DataInfo, task: str) -> tuple[int, int]:
+    """(resolution, channels) of the images, if the config is of that task and what all tasks share is in order."""
+    check_keys(config)
+    lookup('task', dict.fromkeys(TASKS), config.task)
+    if config.task != task:
+        which = {
+            'diffusion': 'is of a diffusion model, not of an autoencoder',
+            'autoencoder': 'is of an autoencoder, not of a diffusion model: `pipelines.load_autoencoder` reads one',
+        }
+        raise UsageError(f'this config, of task {config.task!r}, {which[config.task]}.')
+    height, width, channels = info.image_shape
+    if height != width:
+        raise UsageError(f'images must be square, got {height}x{width}: set data.resolution.')
+    if config.seed < 0:
+        raise UsageError(f'seed must be 0 or more, got {config.seed}.')
+    if not 0 <= config.ema_decay < 1:
+        raise UsageError(f'ema_decay must be in [0, 1), got {config.ema_decay}.')
+    return height, channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """The autoencoder that a config names.
+
+    Attributes:
+      init: key -> parameters.
+      apply: `apply(params, x, method=..)`, as `models.autoencoder` and `models.vq_autoencoder` take it.
+      factor: pixels per latent along each side.
+      latent_channels: of what `encode` gives.
+      codebook_size: vectors that latents are rounded to; 0: none.
+    """
+
+    init: Callable[[PRNGKeyArray], Params]
+    apply: Callable[..., Any]
+    factor: int
+    latent_channels: int
+    codebook_size: int
+    data: DataInfo
+
+    def encode(self, params: Params, images: Any) -> Any:
+        """Images in [-1, 1], [B, H, W, C] -> latents [B, h, w, c]: the mean of their Gaussians, or before rounding."""
+        encoded = self.apply(params, images, method='encode')
+        return encoded if self.codebook_size else encoded.mean
+
+    def decode(self, params: Params, z: Any) -> Any:
+        """Latents -> images, mostly in [-1, 1]."""
+        return self.apply(params, z, method='decode')
+
+
+def make_autoencoder(config: ConfigDict, info: DataInfo) -> Autoencoder:
+    """The autoencoder of a config of task 'autoencoder'; a `UsageError` names what does not fit."""
+    resolution, channels = _checked(config, info, 'autoencoder')
+    models = {name: MODELS[name] for name in AUTOENCODERS}
+    if config.model.name in MODELS and config.model.name not in AUTOENCODERS:
+        raise UsageError(f'model.name={config.model.name!r} is no autoencoder: {" or ".join(AUTOENCODERS)} is.')
+    arguments = options(config.model)
+    init, apply = functional(lambda rngs: build('model', models, **arguments, image_channels=channels, rngs=rngs))
+    defaults = {name: p.default for name, p in parameters_of(models[config.model.name]).items()}
+    chosen = defaults | arguments
+    factor = 2 ** (len(chosen['channel_multipliers']) - 1)
+    if resolution % factor:
+        raise UsageError(
+            f'images of {resolution}x{resolution} cannot be halved {len(chosen["channel_multipliers"]) - 1} times: set '
+            f'data.resolution to a multiple of {factor}, or fewer model.channel_multipliers.'
+        )
+    codebook_size = chosen.get('codebook_size', 0)
+    latent_channels = chosen.get('codebook_channels') or chosen['latent_channels']
+    return Autoencoder(init, apply, factor, latent_channels, codebook_size, info)
 
 
 # --- the workdir's record ---------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from runs import ROOT, load_config
 
 from diffusion_jax import UsageError
 from diffusion_jax.config import default_config, differences, flatten, solver_options, with_defaults
-from diffusion_jax.experiment import DataInfo, make_experiment
+from diffusion_jax.experiment import DataInfo, make_autoencoder, make_experiment
 from diffusion_jax.models import count_params
 from diffusion_jax.pipelines.workdir import check_sampling, pipeline_of
+from diffusion_jax.training.autoencoding import make_objective
 from diffusion_jax.training.optimizer import make_optimizer
 
 TEN = tuple('0123456789')
@@ -22,16 +23,29 @@ DATA = {
     'digits': DataInfo((8, 8, 1), TEN),
     'fashion_mnist': DataInfo((28, 28, 1), TEN),
     'unet64': DataInfo((64, 64, 3), ('cat', 'dog')),
+    'emoji_autoencoder': DataInfo((64, 64, 3), ()),
+    'fashion_mnist_autoencoder': DataInfo((28, 28, 1), TEN),
 }
-MILLIONS = {'cifar10': 35.7, 'digits': 1.0, 'fashion_mnist': 1.2, 'unet64': 63.2}
+MILLIONS = {
+    'cifar10': 35.7,
+    'digits': 1.0,
+    'fashion_mnist': 1.2,
+    'unet64': 63.2,
+    'emoji_autoencoder': 1.7,
+    'fashion_mnist_autoencoder': 0.54,
+}
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
 def test_every_config_builds_and_has_a_header(path: Path):
     config = load_config(path)
-    experiment = make_experiment(config, DATA[path.stem])
+    if config.task == 'autoencoder':
+        experiment = make_autoencoder(config, DATA[path.stem])
+        make_objective(config.autoencoder, experiment)
+    else:
+        experiment = make_experiment(config, DATA[path.stem])
+        check_sampling(pipeline_of(experiment, {}), config.sample)
     make_optimizer(**config.optimizer, num_steps=config.train.num_steps)
-    check_sampling(pipeline_of(experiment, {}), config.sample)
     size = count_params(jax.eval_shape(experiment.init, jax.random.key(0))) / 1e6
     assert size == pytest.approx(MILLIONS[path.stem], abs=0.05)
     assert f'--config=configs/{path.name}' in path.read_text()

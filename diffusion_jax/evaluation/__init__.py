@@ -1,13 +1,10 @@
 """Scores of samples, by evaluators that a config names."""
 
-import json
 import logging
-import platform
 import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,8 @@ from diffusion_jax.evaluation.inception_score import InceptionScoreEvaluator
 from diffusion_jax.evaluation.kernel_distance import KernelDistanceEvaluator
 from diffusion_jax.evaluation.nearest_neighbour import NearestNeighbour
 from diffusion_jax.evaluation.precision_recall import PrecisionRecall
-from diffusion_jax.evaluation.report import write_report
+from diffusion_jax.evaluation.reconstruction import RECONSTRUCTION_SCORES, evaluate_autoencoder
+from diffusion_jax.evaluation.report import save_evaluation, write_report
 from diffusion_jax.evaluation.result import Evaluator, Result
 from diffusion_jax.evaluation.setting import Setting, setting_of
 from diffusion_jax.experiment import info_of, load_data
@@ -57,7 +55,16 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     'precision_recall': PrecisionRecall,
 }
 
-__all__ = ['EVALUATORS', 'Result', 'Setting', 'check_evaluators', 'evaluate', 'evaluate_pipeline', 'score']
+__all__ = [
+    'EVALUATORS',
+    'RECONSTRUCTION_SCORES',
+    'Result',
+    'Setting',
+    'check_evaluators',
+    'evaluate',
+    'evaluate_pipeline',
+    'score',
+]
 
 
 def score(samples: Samples | Iterable[Samples], setting: Setting, evaluators: Sequence[str]) -> Result:
@@ -176,36 +183,28 @@ def evaluate_pipeline(
         save_png(workdir / 'evaluation' / f'{label}.png', picture)
     needs_features = any(EVALUATORS[name].needs_features for name in section.evaluators)
     network = setting.features() if needs_features else None
-    report = {
-        'scores': result.scores,
-        'step': step,
-        'ema': config.sample.ema,
-        'num': section.num,
-        'sample': config.sample.to_dict(),
-        'features': None if network is None else {'name': network.name, 'sha256': network.sha256},
-        'reference': {'name': section.reference, 'train': len(splits.train), 'test': len(splits.test)},
-        'seconds': round(time.perf_counter() - began, 1),
-        'devices': f'{pipeline.mesh.size} x {pipeline.mesh.devices.flat[0].device_kind}',
-        'versions': {'python': platform.python_version()}
-        | {name: version(name) for name in ('jax', 'flax', 'numpy', 'scikit-learn')},
-        'config': config.to_dict(),
-    }
-    path = workdir / 'evaluation.json'
-    part = path.with_suffix('.part')
-    part.write_text(json.dumps(report, indent=1) + '\n')
-    part.replace(path)
+    report = save_evaluation(
+        config,
+        workdir,
+        result.scores,
+        step=step,
+        num=section.num,
+        network=network,
+        splits=splits,
+        seconds=time.perf_counter() - began,
+        mesh=pipeline.mesh,
+    )
     shutil.rmtree(parts, ignore_errors=True)
-    for name, value in report['scores'].items():
-        if not isinstance(value, dict):
-            LOGGER.info('%s: %s', name, f'{value:.4f}' if isinstance(value, float) else value)
     return report
 
 
 def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """`--mode=evaluate`: scores what `config.sample.checkpoint` or `config.init_from` names; writes `evaluation.json`.
 
-    The page `report.html` is written anew, too.
+    The page `report.html` is written anew, too. Of an autoencoder: `reconstruction.evaluate_autoencoder`.
     """
+    if config.task == 'autoencoder':
+        return evaluate_autoencoder(config, workdir)
     pipeline, step = load_pipeline_for(config, workdir, make_mesh(config.mesh))
     check_sampling(pipeline, config.sample)
     splits = load_data(config)

@@ -1,20 +1,24 @@
-"""A run on one page: `report.html`, which needs no other file and no network."""
+"""What a run came to: `evaluation.json`, and one page, `report.html`, which needs no other file and no network."""
 
 import base64
 import html
 import io
 import json
 import logging
+import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax.config import flatten, solver_options
 from diffusion_jax.distributed import is_writer
 from diffusion_jax.errors import SamplingDiverged
+from diffusion_jax.experiment import Autoencoder
 from diffusion_jax.images import grid, to_uint8
 from diffusion_jax.models import count_params
 from diffusion_jax.pipelines.images import ImagePipeline
@@ -118,14 +122,17 @@ def _scores(report: dict[str, Any]) -> str:
         for name, value in scores.items()
         if not isinstance(value, dict) and not name.endswith(beside)
     ]
-    tables = [_table(rows, ('', 'samples', 'real images'))]
+    of_samples = bool(report['sample'])
+    tables = [_table(rows, ('', 'samples', 'real images') if of_samples else ('', 'reconstructions', ''))]
     for name, value in scores.items():
         if isinstance(value, dict):
             tables.append(f'<h3>{html.escape(name.replace("_", " "))}</h3>{_table(list(value.items()))}')
     sample = {key: value for key, value in report['sample'].items() if value is not None}
     features = report.get('features')
-    said = [f'{report["num"]} samples of step {report["step"]}']
-    said.append(', '.join(f'{key} {value}' for key, value in sample.items() if key not in ('num', 'batch_size')))
+    what = 'samples' if of_samples else f'images of the {report["reference"]["name"]} split'
+    said = [f'{report["num"]} {what} of step {report["step"]}']
+    if of_samples:
+        said.append(', '.join(f'{key} {value}' for key, value in sample.items() if key not in ('num', 'batch_size')))
     if features:
         said.append(f'features of {features["name"]} ({features["sha256"][:12]})')
     said.append(f'{report["seconds"]} s on {report["devices"]}')
@@ -148,14 +155,79 @@ def _timings(rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     ]
 
 
+def save_evaluation(
+    config: ConfigDict,
+    workdir: str | Path,
+    scores: dict[str, Any],
+    *,
+    step: int,
+    num: int,
+    network: Any,
+    splits: Any,
+    seconds: float,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Writes `workdir/evaluation.json`: scores, and what is needed to repeat them; returns it.
+
+    Args:
+      num: images that were scored.
+      network: of the features; None where none were read.
+      seconds: that it took.
+    """
+    report = {
+        'scores': scores,
+        'step': step,
+        'ema': config.sample.ema,
+        'num': num,
+        'sample': config.sample.to_dict() if config.task == 'diffusion' else {},
+        'features': None if network is None else {'name': network.name, 'sha256': network.sha256},
+        'reference': {'name': config.evaluate.reference, 'train': len(splits.train), 'test': len(splits.test)},
+        'seconds': round(seconds, 1),
+        'devices': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
+        'versions': {'python': platform.python_version()}
+        | {name: version(name) for name in ('jax', 'flax', 'numpy', 'scikit-learn')},
+        'config': config.to_dict(),
+    }
+    path = Path(workdir) / 'evaluation.json'
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(report, indent=1) + '\n')
+    part.replace(path)
+    for name, value in scores.items():
+        if not isinstance(value, dict):
+            LOGGER.info('%s: %s', name, f'{value:.4f}' if isinstance(value, float) else value)
+    return report
+
+
 def write_report(config: ConfigDict, workdir: str | Path, pipeline: ImagePipeline, step: int) -> Path:
     """Writes `workdir/report.html`: curves, scores, samples over training, the way of some, config and timings.
 
     Every process calls it, as all take part in sampling; one writes.
     """
+    way = _way(pipeline, config.sample)
+    model = f'schedule {config.schedule.name}, predicts {config.loss.prediction}'
+    return _write_page(config, workdir, pipeline.params, pipeline.image_shape, step, model, way)
+
+
+def write_autoencoder_report(
+    config: ConfigDict, workdir: str | Path, autoencoder: Autoencoder, params: Any, step: int
+) -> Path:
+    """Writes `workdir/report.html` of an autoencoder: curves, scores, reconstructions, config and timings."""
+    side = autoencoder.data.image_shape[0] // autoencoder.factor
+    model = f'latents of {side}x{side}x{autoencoder.latent_channels}'
+    return _write_page(config, workdir, params, autoencoder.data.image_shape, step, model, None)
+
+
+def _write_page(
+    config: ConfigDict,
+    workdir: str | Path,
+    params: Any,
+    image_shape: tuple[int, int, int],
+    step: int,
+    model: str,
+    way: tuple[str, str] | None,
+) -> Path:
     workdir = Path(workdir)
     path = workdir / 'report.html'
-    way = _way(pipeline, config.sample)
     if not is_writer():
         return path
     rows = read_metrics(workdir)
@@ -171,6 +243,7 @@ def write_report(config: ConfigDict, workdir: str | Path, pipeline: ImagePipelin
             _figure(_data('image/png', picture.read_bytes()), caption, wide=True)
             for name, caption in (
                 ('samples', 'The first of the samples that were scored'),
+                ('reconstructions', 'The first of the images that were scored, and below each its reconstruction'),
                 ('nearest', 'The samples nearest to training images, and below them those images'),
                 ('misread', 'Samples that the classifier reads as another class than was asked for'),
             )
@@ -181,22 +254,20 @@ def write_report(config: ConfigDict, workdir: str | Path, pipeline: ImagePipelin
         for picture in (workdir / 'samples').glob('training_step*.png')
         if (match := re.fullmatch(r'training_step(\d+)', picture.stem))
     }
-    shape = 'x'.join(map(str, pipeline.image_shape))
+    shape = 'x'.join(map(str, image_shape))
     settings = flatten(config.to_dict())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(workdir.name)}: step {step}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(workdir.name)}</h1>
 <p class=quiet>{html.escape(str(config.data.name))}, {shape}; {config.model.name} with {
-        count_params(pipeline.params) / 1e6:.2f} M parameters; schedule {config.schedule.name}, predicts {
-        config.loss.prediction
-    }; step {step}</p>
+        count_params(params) / 1e6:.2f} M parameters; {html.escape(model)}; step {step}</p>
 {_section('Scores', scores, pictures)}
 {_section('Curves', curves)}
 {_section('From noise to image', _figure(*way, wide=True) if way else '')}
 {
         _section(
-            'Samples during training',
+            'Samples during training' if config.task == 'diffusion' else 'Reconstructions during training',
             *(_figure(_data('image/png', grids[at].read_bytes()), f'step {at}') for at in sorted(grids, reverse=True)),
         )
     }

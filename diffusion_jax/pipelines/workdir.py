@@ -21,6 +21,7 @@ from diffusion_jax.distributed import is_writer
 from diffusion_jax.errors import UsageError
 from diffusion_jax.experiment import check_same_run, make_experiment, read_record
 from diffusion_jax.images import grid, save_png
+from diffusion_jax.pipelines.autoencoders import export_autoencoder, sample_reconstructions
 from diffusion_jax.pipelines.images import ImagePipeline, Samples, parse_labels, save_npz
 from diffusion_jax.pipelines.model_file import load_source, pipeline_of, save_model
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -217,7 +218,12 @@ def load_pipeline_for(config: ConfigDict, workdir: str | Path, mesh: Mesh) -> tu
 
 
 def sample(config: ConfigDict, workdir: str | Path) -> Path:
-    """`--mode=sample`: writes a PNG grid, and images and labels as `.npz`, to `workdir/samples`; returns the PNG."""
+    """`--mode=sample`: writes a PNG grid, and images and labels as `.npz`, to `workdir/samples`; returns the PNG.
+
+    Of an autoencoder: `autoencoders.sample_reconstructions`.
+    """
+    if config.task == 'autoencoder':
+        return sample_reconstructions(config, workdir)
     section = config.sample
     pipeline, step = load_pipeline_for(config, workdir, make_mesh(config.mesh))
     check_sampling(pipeline, section)
@@ -237,8 +243,11 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
 def export(config: ConfigDict, workdir: str | Path) -> Path:
     """`--mode=export`: writes the run's parameters and config as one file, `workdir/model.safetensors`; returns it.
 
-    `config.sample` says which checkpoint, and whether the averaged or the raw parameters.
+    `config.sample` says which checkpoint, and whether the averaged or the raw parameters. Of an autoencoder:
+    `autoencoders.export_autoencoder`.
     """
+    if config.task == 'autoencoder':
+        return export_autoencoder(config, workdir)
     record = read_record(workdir)
     if record is None:
         raise UsageError(f'no run in {workdir} to export. Train first: the same command with --mode=train.')

@@ -304,6 +304,8 @@ def _items(state: TrainState) -> dict[str, Any]:
     training = {'step': state.step, 'opt_state': state.opt_state, 'key': data}
     if state.loss_history is not None:
         training['loss_history'] = state.loss_history
+    if state.adversary is not None:
+        training['adversary'] = state.adversary
     return {'params': state.params, 'ema': state.ema, 'training': training}
 
 

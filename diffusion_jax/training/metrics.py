@@ -135,6 +135,7 @@ SCORES = (
     'kernel_distance',
     'near_copies',
     'precision',
+    'psnr',
     'recall',
 )
 """Scores of `evaluate.every` that are drawn."""

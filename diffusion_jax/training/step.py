@@ -20,6 +20,15 @@ Metrics = dict[str, Float[jax.Array, '...']]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Adversary:
+    """A discriminator that is trained beside an autoencoder: its parameters and its optimiser's state."""
+
+    params: Any
+    opt_state: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that training needs to go on, and all that a checkpoint holds.
 
@@ -29,6 +38,7 @@ class TrainState:
       opt_state: the optimiser's.
       key: never used itself; step i draws from fold_in(key, i).
       loss_history: what times are drawn by, where they are drawn by importance; else None.
+      adversary: what is trained against it, if anything is.
     """
 
     step: Int[jax.Array, '']
@@ -37,6 +47,7 @@ class TrainState:
     opt_state: optax.OptState
     key: PRNGKeyArray
     loss_history: LossHistory | None = None
+    adversary: Adversary | None = None
 
 
 def init_state(
@@ -44,26 +55,38 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     loss_history: LossHistory | None = None,
+    init_adversary: Callable[[PRNGKeyArray], Any] | None = None,
 ) -> TrainState:
     """The state before the first step. Jit it with shardings, so that it is created where it lives."""
     key_params, key_steps = jax.random.split(jax.random.key(seed))
     params = init(key_params)
     # A copy: the two must not share buffers that a donated step writes to.
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_steps, loss_history)
+    adversary = None
+    if init_adversary is not None:
+        against = init_adversary(jax.random.fold_in(key_params, 1))
+        adversary = Adversary(against, optimizer.init(against))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_steps, loss_history, adversary)
 
 
 def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, rules: Any, mesh: Mesh) -> TrainState:
     """Where each part of a state (concrete or abstract) lives, by `sharding.param_shardings`' rules."""
     whole = replicated(mesh)
-    params = param_shardings(state.params, rules, mesh)
+
+    def trained(params: Any, opt_state: Any) -> tuple[Any, Any]:
+        shardings = param_shardings(params, rules, mesh)
+        return shardings, optimizer_shardings(optimizer, opt_state, shardings, whole)
+
+    params, opt_state = trained(state.params, state.opt_state)
+    against = state.adversary
     return TrainState(
         step=whole,
         params=params,
         ema=params,
-        opt_state=optimizer_shardings(optimizer, state.opt_state, params, whole),
+        opt_state=opt_state,
         key=whole,
         loss_history=jax.tree.map(lambda _: whole, state.loss_history),
+        adversary=None if against is None else Adversary(*trained(against.params, against.opt_state)),
     )
 
 
@@ -113,7 +136,7 @@ def make_train_step(
         return mean_loss, values, placed(grads)
 
     def accumulated(params, x0, weights, key_loss, key_dropout, conditioning):
-        parts = jax.tree.map(lambda leaf: _interleaved_parts(leaf, accumulate), (x0, weights, conditioning))
+        parts = jax.tree.map(lambda leaf: interleaved_parts(leaf, accumulate), (x0, weights, conditioning))
 
         def add(total, row):
             index, (x0, weights, conditioning) = row
@@ -143,23 +166,31 @@ def make_train_step(
         mean_loss, values, grads = gradient_of(state.params, x0, weights, key_loss, key_dropout, conditioning)
         if history is not None:
             history = update_history(history, indices, values)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = ema_decay_at(state.step, ema_decay)
-        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
         metrics = {'loss': mean_loss, 'grad_norm': optax.tree.norm(grads)}
-        new = TrainState(state.step + 1, params, ema, opt_state, state.key, history)
-        if skip_nonfinite:
-            finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
-            old = dataclasses.replace(state, step=new.step)
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-            metrics['skipped'] = 1.0 - finite
-        return new, metrics
+        new = dataclasses.replace(advanced(state, grads, optimizer, ema_decay), loss_history=history)
+        return unless_nonfinite(state, new, metrics) if skip_nonfinite else (new, metrics)
 
     return step
 
 
-def _interleaved_parts(array: Float[Array, 'B ...'], parts: int) -> Float[Array, 'parts b ...']:
+def advanced(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:
+    """The state after one update of the parameters and their average; all else as it is."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay_at(state.step, ema_decay)
+    ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
+    return dataclasses.replace(state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+
+
+def unless_nonfinite(state: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """(new, metrics), or where a metric is not finite the old state at the new step; 'skipped' says which."""
+    finite = jnp.all(jnp.stack([jnp.isfinite(value).all() for value in metrics.values()]))
+    old = dataclasses.replace(state, step=new.step)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    return new, metrics | {'skipped': 1.0 - finite}
+
+
+def interleaved_parts(array: Float[Array, 'B ...'], parts: int) -> Float[Array, 'parts b ...']:
     """Part m has rows m, m + parts, ...: so each part has rows of every device's share of the batch."""
     return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 

@@ -17,13 +17,9 @@ from diffusion_jax.compilation import memory_report, use_cache
 from diffusion_jax.data.batches import Batches
 from diffusion_jax.distributed import Interruption, is_writer
 from diffusion_jax.errors import Interrupted, SamplingDiverged, TrainingDiverged, UsageError
-from diffusion_jax.evaluation import check_evaluators, evaluate_during_training, evaluate_pipeline
-from diffusion_jax.evaluation.report import write_report
-from diffusion_jax.experiment import check_same_run, info_of, load_data, make_experiment, write_record
+from diffusion_jax.experiment import check_same_run, info_of, load_data, write_record
 from diffusion_jax.images import save_png
 from diffusion_jax.models import count_params
-from diffusion_jax.pipelines.model_file import load_init, pipeline_of
-from diffusion_jax.pipelines.workdir import check_sampling, picture_of, sample_as_configured
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.metrics import MetricsWriter, RunningMetrics, SilentWriter, plot_curves
 from diffusion_jax.training.optimizer import make_optimizer
@@ -38,14 +34,8 @@ from diffusion_jax.training.sharding import (
     sharded_batch,
     with_shardings,
 )
-from diffusion_jax.training.step import (
-    TrainState,
-    init_state,
-    make_held_out_loss,
-    make_train_step,
-    scanned,
-    state_shardings,
-)
+from diffusion_jax.training.step import TrainState, scanned, state_shardings
+from diffusion_jax.training.tasks import make_task
 
 LOGGER = logging.getLogger(__name__)
 
@@ -78,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     mesh = make_mesh(config.mesh)
     check_rules(config.sharding_rules)
     splits = load_data(config)
-    experiment = make_experiment(config, info_of(splits))
+    task = make_task(config, info_of(splits))
     optimizer, learning_rate = make_optimizer(**config.optimizer, num_steps=settings.num_steps)
     if settings.batch_size % (num_batch_shards(mesh) * settings.accumulate):
         raise UsageError(
@@ -95,19 +85,18 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
         workers=config.data.workers,
     )
     batches, held_out = make_batches(splits.train), make_batches(splits.test)
-    check_sampling(pipeline_of(experiment, {}, mesh), config.sample)
-    check_evaluators(config, splits, pipeline_of(experiment, {}, mesh))
+    task.check(splits, mesh)
     checkpoints = Checkpoints(workdir, settings.keep_checkpoints)
     resumed = bool(checkpoints.steps())
-    begins_with = load_init(config, mesh)[1] if config.init_from and not resumed else None
+    begins_with = task.load_init(mesh) if config.init_from and not resumed else None
 
     # --- the state, created where it lives; the newest checkpoint, if there is one ------------------------------------
     if is_writer():
-        write_record(workdir, config, experiment.data)
+        write_record(workdir, config, task.data)
     use_cache(workdir)
 
     def create() -> TrainState:
-        return init_state(experiment.init, optimizer, config.seed, experiment.loss_history)
+        return task.create(optimizer)
 
     shapes = jax.eval_shape(create)
     shardings = state_shardings(shapes, optimizer, config.sharding_rules, mesh)
@@ -128,7 +117,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
         '%s: %d images, %s; %s with %.2f M parameters, %.1f MiB of state per device; %s; %s',
         config.data.name,
         len(splits.train),
-        'x'.join(map(str, experiment.data.image_shape)),
+        'x'.join(map(str, task.data.image_shape)),
         config.model.name,
         count_params(state.params) / 1e6,
         bytes_per_device(state) / 2**20,
@@ -141,17 +130,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     )
 
     # --- the step, compiled before the loop ---------------------------------------------------------------------------
-    step_function = make_train_step(
-        experiment.loss,
-        optimizer,
-        ema_decay=config.ema_decay,
-        flip=config.data.flip,
-        null_label=experiment.num_classes,
-        label_dropout=config.label_dropout,
-        accumulate=settings.accumulate,
-        skip_nonfinite=settings.max_skipped_steps > 0,
-        param_shardings=shardings.params,
-    )
+    step_function = task.step(optimizer, shardings.params)
     stacked = None if per_dispatch == 1 else per_dispatch
     step_function = jax.jit(
         on_mesh(mesh, scanned(step_function) if stacked else step_function),
@@ -161,10 +140,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     began = time.perf_counter()
     train_step = step_function.lower(shapes, batches.arrays, batches(0, stacked)).compile()
     LOGGER.info('compiled the training step in %.1f s; %s', time.perf_counter() - began, memory_report(train_step))
-    held_out_loss = jax.jit(
-        on_mesh(mesh, make_held_out_loss(experiment.loss, null_label=experiment.num_classes)),
-        out_shardings=replicated(mesh),
-    )
+    held_out_loss = jax.jit(on_mesh(mesh, task.held_out_loss()), out_shardings=replicated(mesh))
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     def held_out_mean() -> float:
@@ -231,20 +207,17 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
                     raise Interrupted(step, interruption.signal_number)
                 if samples:
                     try:
-                        drawn = sample_as_configured(pipeline_of(experiment, state.ema, mesh), config.sample)
+                        picture = task.picture(state.ema, splits, mesh)
                     except SamplingDiverged as error:  # a young model under strong guidance: no reason to stop training
                         LOGGER.warning('no samples of step %d: %s', step, error)
                     else:
-                        picture = picture_of(drawn, experiment.num_classes)
                         if is_writer():
                             save_png(workdir / 'samples' / f'training_step{step}.png', picture)
-                        writer.image(step, 'samples', picture)
+                        writer.image(step, task.pictures, picture)
                 scores = config.evaluate.every and (last or step % config.evaluate.every == 0)
                 if scores:
                     try:
-                        values = evaluate_during_training(
-                            pipeline_of(experiment, state.ema, mesh), splits, config, workdir
-                        )
+                        values = task.scores(state.ema, splits, mesh, workdir)
                     except SamplingDiverged as error:
                         LOGGER.warning('no scores of step %d: %s', step, error)
                     else:
@@ -267,14 +240,8 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     # --- what came of it ----------------------------------------------------------------------------------------------
     if is_writer():
         LOGGER.info('loss curves: %s', plot_curves(workdir))
-    trained = pipeline_of(experiment, state.ema if config.sample.ema else state.params, mesh)
-    if config.evaluate.after_training and config.evaluate.evaluators:
-        try:
-            evaluate_pipeline(trained, splits, config, workdir, int(state.step))
-        except SamplingDiverged as error:  # the run is done, and its checkpoints are whole
-            LOGGER.warning('no scores of step %d: %s', int(state.step), error)
-    write_report(config, workdir, trained, int(state.step))
-    LOGGER.info('samples: %s', workdir / 'samples')
+    task.finish(state.ema if config.sample.ema else state.params, splits, mesh, workdir, int(state.step))
+    LOGGER.info('%s: %s', task.pictures, workdir / 'samples')
     return state
 
 

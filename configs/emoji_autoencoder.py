@@ -1,0 +1,40 @@
+"""An autoencoder of captioned pictures at 64x64, such as emoji: 64x64 pixels <-> 16x16 latents of 4 channels.
+
+    python main.py --config=configs/emoji_autoencoder.py --workdir=runs/emoji_autoencoder --config.data.dir=FOLDER
+    python main.py --config=configs/emoji_autoencoder.py --workdir=runs/emoji_autoencoder --config.data.dir=FOLDER \
+        --mode=export
+
+FOLDER holds pictures and metadata.jsonl, a line {"file_name": .., "text": ..} for each; the texts are not used here.
+1.70 M parameters, L1 and a small KL.
+"""
+
+from diffusion_jax.config import default_config, model_section
+
+
+def get_config():
+    config = default_config()
+    config.task = 'autoencoder'
+    config.data.name = 'captioned_folder'
+    config.data.resolution = 64
+
+    config.model = model_section('autoencoder_kl')
+    config.model.channels = 32
+    config.model.channel_multipliers = (1, 2, 3)
+    config.model.num_res_blocks = 1
+    config.model.num_groups = 8
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 200
+    config.optimizer.decay = 'cosine'
+    config.ema_decay = 0.998
+
+    config.train.num_steps = 8000
+    config.train.batch_size = 32
+    config.train.eval_every = 500
+    config.train.sample_every = 1000
+    config.train.checkpoint_every = 500
+
+    config.sample.num = 50
+    config.evaluate.evaluators = ('psnr',)
+    config.evaluate.reference = 'test'
+    config.evaluate.num = 1000
+    return config
