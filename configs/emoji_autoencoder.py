@@ -18,17 +18,17 @@ def get_config():
     config.data.resolution = 64
 
     config.model = model_section('autoencoder_kl')
-    config.model.channels = 32
-    config.model.channel_multipliers = (1, 2, 3)
+    config.model.channels = 16
+    config.model.channel_multipliers = (1, 2, 6)
     config.model.num_res_blocks = 1
     config.model.num_groups = 8
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200
     config.optimizer.decay = 'cosine'
     config.ema_decay = 0.998
 
-    config.train.num_steps = 8000
-    config.train.batch_size = 32
+    config.train.num_steps = 4000
+    config.train.batch_size = 16
     config.train.eval_every = 500
     config.train.sample_every = 1000
     config.train.checkpoint_every = 500

@@ -190,7 +190,7 @@ def sampling_of(config: Mapping[str, Any], solver: str | None = None) -> Samplin
     name = config['_class_name']
     own, options = _solver_of(config)
     chosen = solver or own
-    if chosen != own:
+    if chosen != own and not {chosen, own} <= {'plms', 'pndm'}:
         options = {}
     if 'second_difference' in parameters_of(SOLVERS[chosen]):
         options.setdefault('second_difference', 'published')
@@ -227,7 +227,9 @@ def _grid_of(config: Mapping[str, Any]) -> tuple[str, str, bool]:
         ours = replacement if config.get(key) else ours
     if config.get('use_beta_sigmas'):
         raise UsageError('use_beta_sigmas=true is not supported; use_karras_sigmas is.')
-    sigma_min = config.get('final_sigmas_type') == 'sigma_min' or config.get('set_alpha_to_one') is False
+    # A class heeds the settings that are its own: in files there are also those of the class it was before.
+    own = {key: config.get(key) for key in OF_CLASS[name]}
+    sigma_min = own.get('final_sigmas_type') == 'sigma_min' or own.get('set_alpha_to_one') is False
     idle = sigma_min and ours in ('leading', 'linspace')
     return ours, 'sigma_min' if sigma_min and not idle else 'zero', idle
 
@@ -248,7 +250,8 @@ def _solver_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         case 'DDIMScheduler':
             return 'ddim', {}
         case 'PNDMScheduler':
-            return ('plms' if config['skip_prk_steps'] else 'pndm'), {}
+            combined = 'v' if prediction_of(config) == 'v' else 'eps'
+            return ('plms' if config['skip_prk_steps'] else 'pndm'), {'combined': combined}
         case 'UniPCMultistepScheduler':
             disabled = config['disable_corrector']
             return 'unipc', {

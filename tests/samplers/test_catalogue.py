@@ -146,6 +146,8 @@ OPTIONS = [
     ('unipc', {'order': [2, 3], 'form': ['x0', 'eps'], 'corrector': [True, False], 'lower_order_final': [True, False]}),
     ('unipc', {'variant': ['bh2', 'bh1']}),
     ('lms', {'order': [4, 2]}),
+    ('plms', {'combined': ['eps', 'v']}),
+    ('pndm', {'combined': ['eps', 'v']}),
 ]
 
 
