@@ -59,6 +59,22 @@ def default_config() -> ConfigDict:
             'vlb_weight': 0.0,  # of the variational bound, with model.learned_variance; improved DDPM has 0.001
         }
     )
+    config.latents = ConfigDict(  # what the network works in, instead of pixels
+        {
+            # Whose: a file of --mode=export of an autoencoder, the folder of its run, or a vae/ of diffusers.
+            'autoencoder': placeholder(str),
+            'cache': True,  # encode all images once, to files; else each when it is needed
+            'cache_dir': placeholder(str),  # for several runs; the workdir by default
+            'draw': True,  # from the Gaussian of each image, or take its mean
+        }
+    )
+    config.text = ConfigDict(  # what captions become, where the data have them and the model takes them
+        {
+            'tokenizer': 'small',  # 4,514 tokens that ship with the package; or a folder with a tokenizer of CLIP's
+            'length': 77,  # tokens of a text; longer ones are cut
+            'encoder': placeholder(str),  # of conditional_unet: a folder with text_encoder/ and tokenizer/ of CLIP's
+        }
+    )
     config.autoencoder = (
         ConfigDict(  # the objective of task='autoencoder', model.name='autoencoder_kl' or 'autoencoder_vq'
             {
@@ -113,6 +129,8 @@ def default_config() -> ConfigDict:
             'spacing': 'trailing',  # one of samplers.SPACINGS
             'final': 'zero',  # or 'sigma_min': where the last step ends
             **{name: placeholder(kind) for name, kind in SOLVER_OPTIONS.items()},  # None: the solver's own default
+            'prompts': (),  # of a model that takes text, in turn; of none, captions of the data
+            'negative_prompt': placeholder(str),  # what guidance leads away from
             'guidance_scale': placeholder(float),  # None: the conditional model alone
             'guidance_rescale': 0.0,  # in [0, 1]: against over-exposure by large scales
             'guidance_interval': placeholder(tuple),  # (low, high) in log-SNR: guide there alone
@@ -156,7 +174,7 @@ def _defaults_of(module: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-FROM_DATA = ('resolution', 'image_channels', 'num_classes')
+FROM_DATA = ('resolution', 'image_channels', 'num_classes', 'vocab_size', 'text_length')
 """Arguments of a model that the data sets decide."""
 
 FREE_TO_CHANGE = (
@@ -171,7 +189,7 @@ FREE_TO_CHANGE = (
 )
 FREE_TO_CHANGE += ('train.eval_every', 'train.sample_every', 'train.checkpoint_every', 'train.keep_checkpoints')
 FREE_TO_CHANGE += ('train.accumulate', 'train.steps_per_dispatch', 'train.max_skipped_steps')
-FREE_TO_CHANGE += ('mesh.', 'sharding_rules', 'model.remat')
+FREE_TO_CHANGE += ('mesh.', 'sharding_rules', 'model.remat', 'latents.cache_dir', 'latents.autoencoder')
 """Keys that a run may be resumed or sampled with another value of: they do not alter what was trained so far."""
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,72 @@ from diffusion_jax.schedules import SCHEDULES, Exploding, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentInfo:
+    """A space of latents, whichever file its autoencoder is in: x0 = (z - shift) scale.
+
+    Attributes:
+      factor: pixels per latent along each side.
+      channels: of the latents.
+      scale, shift: of them.
+      probe: what the encoder makes of one fixed picture, by which another one is told from it.
+    """
+
+    factor: int
+    channels: int
+    scale: float
+    shift: float
+    probe: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInfo:
+    """What texts become.
+
+    Attributes:
+      vocab_size: of the tokenizer.
+      length: tokens of a text, with its start and end.
+      features: of a frozen encoder's states; 0 where the network has an encoder of its own.
+    """
+
+    vocab_size: int
+    length: int
+    features: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class DataInfo:
     """What a model must know of its data, without the data.
 
     Attributes:
       image_shape: (H, W, C).
       class_names: empty for unlabelled data.
+      latents: those that the model works in; None for pixels.
+      text: what its captions become; None for a model that takes none.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    latents: LatentInfo | None = None
+    text: TextInfo | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> 'DataInfo':
+        """What `dataclasses.asdict` made of one; a KeyError or TypeError for anything else."""
+        latents, text = record.get('latents'), record.get('text')
+        return cls(
+            tuple(record['image_shape']),
+            tuple(record['class_names']),
+            None if latents is None else LatentInfo(**{**latents, 'probe': tuple(latents['probe'])}),
+            None if text is None else TextInfo(**text),
+        )
+
+    @property
+    def model_shape(self) -> tuple[int, int, int]:
+        """Of what the network sees."""
+        if self.latents is None:
+            return self.image_shape
+        height, width, _ = self.image_shape
+        return (height // self.latents.factor, width // self.latents.factor, self.latents.channels)
 
 
 TASKS = ('diffusion', 'autoencoder')
@@ -49,6 +105,7 @@ class Experiment:
       num_classes: 0 if the model is not conditioned on labels.
       learned_variance: whether the network gives the reverse process's variance besides.
       loss_history: the empty one, if training draws its times by it.
+      encode_text: `encode_text(params, ids)` -> `TextOutput`, of a network with a text encoder of its own.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -60,6 +117,7 @@ class Experiment:
     num_classes: int
     learned_variance: bool = False
     loss_history: losses.LossHistory | None = None
+    encode_text: Callable[..., Any] | None = None
 
 
 def load_data(config: ConfigDict) -> data.Splits:
@@ -86,12 +144,16 @@ def info_of(splits: data.Splits) -> DataInfo:
 
 def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
     """Resolves every name that matters to the model; a `UsageError` names what does not fit."""
-    height, channels = _checked(config, info, 'diffusion')
+    _checked(config, info, 'diffusion')
+    height, _, channels = info.model_shape
     if config.model.name in AUTOENCODERS:
         raise UsageError(f"model.name={config.model.name!r} is trained with task='autoencoder'.")
     if not 0 <= config.label_dropout <= 1:
         raise UsageError(f'label_dropout must be in [0, 1], got {config.label_dropout}.')
     num_classes = len(info.class_names) if config.class_conditional else 0
+    _check_conditioning(config, info)
+    text = {} if info.text is None or info.text.features else {'vocab_size': info.text.vocab_size}
+    text |= {'text_length': info.text.length} if text else {}
     schedule = build('schedule', SCHEDULES, **options(config.schedule))
     init, apply = functional(
         lambda rngs: build(
@@ -101,9 +163,11 @@ def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
             resolution=height,
             image_channels=channels,
             num_classes=num_classes,
+            **text,
             rngs=rngs,
         )
     )
+    network = apply
     if isinstance(schedule, Exploding):
         if config.loss.prediction != 'x0':
             raise UsageError(
@@ -137,7 +201,38 @@ def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
     )
     lookup('prediction to train on', losses.LOG_ERROR_SCALE, config.loss.prediction)
     prediction = config.loss.prediction
-    return Experiment(init, apply, loss, schedule, prediction, info, num_classes, bool(learned_variance), loss_history)
+    return Experiment(
+        init,
+        apply,
+        loss,
+        schedule,
+        prediction,
+        info,
+        num_classes,
+        bool(learned_variance),
+        loss_history,
+        functools.partial(network, method='encode') if text else None,
+    )
+
+
+def _check_conditioning(config: ConfigDict, info: DataInfo) -> None:
+    """A `UsageError` where the model and what it is told of do not fit."""
+    name, text = config.model.name, info.text
+    if info.latents is not None and config.sample.clip:
+        raise UsageError('sample.clip=True is for pixels: of latents, set config.sample.clip=False.')
+    if name == 'text_unet' and (text is None or text.features):
+        raise UsageError(
+            "model.name='text_unet' has a text encoder of its own, which captions are for: take captioned data, such "
+            "as data.name='captioned_folder', and no text.encoder."
+        )
+    if name == 'conditional_unet' and (text is None or text.features != config.model.context_features):
+        raise UsageError(
+            f"model.name='conditional_unet' attends to the {config.model.context_features} features (context_features) "
+            f'of a frozen text encoder, and there are {text.features if text else 0}: set text.encoder and '
+            "model.context_features to its own; or take 'text_unet', which has an encoder, or 'unet', which needs none."
+        )
+    if text is not None and name not in ('text_unet', 'conditional_unet'):
+        raise UsageError(f'text.encoder is of no use to model.name={name!r}: conditional_unet attends to texts.')
 
 
 def _checked(config: ConfigDict, info: DataInfo, task: str) -> tuple[int, int]:
@@ -237,8 +332,7 @@ def read_record(workdir: str | Path) -> tuple[dict[str, Any], DataInfo] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        info = DataInfo(tuple(record['data']['image_shape']), tuple(record['data']['class_names']))
-        return with_defaults(record['config']), info
+        return with_defaults(record['config']), DataInfo.of(record['data'])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UsageError(f'{path} is damaged ({error!r}): restore it, or use another --workdir.') from error
 

@@ -11,9 +11,12 @@ from runs import ROOT, load_config
 
 from diffusion_jax import UsageError
 from diffusion_jax.config import default_config, differences, flatten, solver_options, with_defaults
-from diffusion_jax.experiment import DataInfo, make_autoencoder, make_experiment
+from diffusion_jax.experiment import DataInfo, LatentInfo, TextInfo, make_autoencoder, make_experiment
 from diffusion_jax.models import count_params
-from diffusion_jax.pipelines.workdir import check_sampling, pipeline_of
+from diffusion_jax.pipelines.latents import LatentSpace
+from diffusion_jax.pipelines.parts import Parts, pipeline_of
+from diffusion_jax.pipelines.workdir import check_sampling
+from diffusion_jax.text import ClipTokenizer
 from diffusion_jax.training.autoencoding import make_objective
 from diffusion_jax.training.optimizer import make_optimizer
 
@@ -24,6 +27,7 @@ DATA = {
     'fashion_mnist': DataInfo((28, 28, 1), TEN),
     'unet64': DataInfo((64, 64, 3), ('cat', 'dog')),
     'emoji_autoencoder': DataInfo((64, 64, 3), ()),
+    'emoji_text2image': DataInfo((64, 64, 3), (), LatentInfo(4, 4, 0.3, 0.36, (0.0,)), TextInfo(4514, 24)),
     'fashion_mnist_autoencoder': DataInfo((28, 28, 1), TEN),
 }
 MILLIONS = {
@@ -31,9 +35,16 @@ MILLIONS = {
     'digits': 1.0,
     'fashion_mnist': 1.2,
     'unet64': 63.2,
-    'emoji_autoencoder': 1.7,
+    'emoji_autoencoder': 1.39,
+    'emoji_text2image': 11.3,
     'fashion_mnist_autoencoder': 0.54,
 }
+
+
+def stand_ins(info):
+    """Parts of such a kind, which nobody runs."""
+    latents = info.latents and LatentSpace(None, None, {}, 1.0, 0.0, info.latents.factor, info.latents.channels)
+    return Parts(latents, info.latents, ClipTokenizer.small() if info.text else None, info.text)
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
@@ -44,7 +55,7 @@ def test_every_config_builds_and_has_a_header(path: Path):
         make_objective(config.autoencoder, experiment)
     else:
         experiment = make_experiment(config, DATA[path.stem])
-        check_sampling(pipeline_of(experiment, {}), config.sample)
+        check_sampling(pipeline_of(experiment, {}, parts=stand_ins(experiment.data)), config.sample)
     make_optimizer(**config.optimizer, num_steps=config.train.num_steps)
     size = count_params(jax.eval_shape(experiment.init, jax.random.key(0))) / 1e6
     assert size == pytest.approx(MILLIONS[path.stem], abs=0.05)

@@ -7,7 +7,8 @@ import math
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffusion_jax.data.image_set import Images
+from diffusion_jax.data.latents import LatentSet
 from diffusion_jax.data.order import batch_indices
 from diffusion_jax.data.reading import StreamedBatches, read_ahead
-from diffusion_jax.data.streamed import StreamedSet
 from diffusion_jax.errors import UsageError
 from diffusion_jax.images import to_float
 from diffusion_jax.registry import lookup
@@ -27,6 +28,8 @@ MAX_DEVICE_BYTES = 2 * 1024**3
 PLACEMENTS = ('auto', 'device', 'host', 'stream')
 
 Arrays = dict[str, Array]
+
+FROZEN = 'frozen'
 
 
 class Batches:
@@ -51,9 +54,11 @@ class Batches:
       sharded: the sharding of a batch along its first axis, over one axis of the mesh or several.
       placement: 'device', 'host', or 'auto': on the device up to 2 GiB. A `StreamedSet` is streamed ('auto', 'stream').
       workers: processes that read ahead of a `stream` of a `StreamedSet`; 0 for threads of this one.
+      conditioning: arrays of one entry an image, which come with every batch.
+      frozen: parameters that the step uses and does not train, wherever they are; `arrays['frozen']`.
 
     Attributes:
-      arrays: the set, if it is on the devices, otherwise empty.
+      arrays: the set, if it is on the devices, and what is frozen.
       on_device: whether it is.
       streamed: whether it is read from the disk.
       batch_size: of the whole batch.
@@ -62,7 +67,7 @@ class Batches:
 
     def __init__(
         self,
-        image_set: Images,
+        image_set: Images | LatentSet,
         batch_size: int,
         seed: int,
         *,
@@ -70,6 +75,8 @@ class Batches:
         sharded: NamedSharding,
         placement: str = 'auto',
         workers: int = 0,
+        conditioning: Mapping[str, np.ndarray] | None = None,
+        frozen: Any = None,
     ):
         lookup('placement', dict.fromkeys(PLACEMENTS), placement)
         shards = _num_shards(sharded)
@@ -79,7 +86,9 @@ class Batches:
             )
         if workers < 0:
             raise UsageError(f'workers must be 0 (threads of this process) or more, got {workers}.')
-        self.streamed = isinstance(image_set, StreamedSet)
+        self.streamed = image_set.streamed
+        self._conditioning = dict(conditioning or {})
+        given = {} if frozen is None else {FROZEN: frozen}
         if self.streamed and placement not in ('auto', 'stream'):
             raise UsageError(
                 f"placement={placement!r} is for images in memory, and these are streamed: 'auto' or 'stream' fit, or "
@@ -95,7 +104,7 @@ class Batches:
         self._seed = seed
         self._sharded = sharded
         self._workers = workers
-        self.on_device, self.arrays = False, {}
+        self.on_device, self.arrays = False, given
         if self.streamed:
             # Captions stay here: the workers have no use for them.
             self._set = dataclasses.replace(image_set, captions=None)
@@ -104,18 +113,16 @@ class Batches:
             self._position = np.zeros(batch_size, np.int64)  # of a row of the batch among those that are read here
             self._position[self._rows] = np.arange(len(self._rows))
             return
-        self._host = {'image': image_set.images}
-        if image_set.labels is not None:
-            self._host['label'] = image_set.labels
-        self.on_device = placement == 'device' or (placement == 'auto' and image_set.images.nbytes <= MAX_DEVICE_BYTES)
-        self.arrays: Arrays = _place(self._host, replicated) if self.on_device else {}
+        self._host = {**image_set.arrays(), **self._conditioning}
+        self.on_device = placement == 'device' or (placement == 'auto' and image_set.nbytes <= MAX_DEVICE_BYTES)
+        self.arrays: Arrays = given | (_place(self._host, replicated) if self.on_device else {})
 
     def __call__(self, step: int, count: int | None = None) -> Arrays:
         """Batch number `step`, for `cut`; with a count, that many from there on, stacked on a new first axis."""
         steps = range(step, step + (1 if count is None else count))
         if self.streamed:
             source = self._source(0)
-            return self._place_rows([source.read(i) for i in steps], count)
+            return self._place_rows([self._completed(source.read(i), i) for i in steps], count)
         indices = np.stack([batch_indices(self._seed, i, self.batch_size, self.size) for i in steps])
         indices = indices[0] if count is None else indices
         sharding = self._sharding(count)
@@ -139,8 +146,14 @@ class Batches:
 
     def _streamed(self, start: int, count: int | None) -> Iterator[Arrays]:
         with contextlib.closing(read_ahead(self._source(start), self._workers)) as ahead:
-            while True:
-                yield self._place_rows([next(ahead) for _ in range(count or 1)], count)
+            for step in itertools.count(start, count or 1):
+                steps = range(step, step + (count or 1))
+                yield self._place_rows([self._completed(next(ahead), i) for i in steps], count)
+
+    def _completed(self, batch: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+        """With what this process has of the conditioning."""
+        indices = batch_indices(self._seed, step, self.batch_size, self.size)[self._rows]
+        return batch | {name: array[indices] for name, array in self._conditioning.items()}
 
     def _source(self, start: int) -> StreamedBatches:
         return StreamedBatches(self._set, self._seed, self.batch_size, start, self._rows)
@@ -241,8 +254,11 @@ def _place(arrays: dict[str, np.ndarray], sharding: NamedSharding) -> Arrays:
 
 
 def cut(arrays: Arrays, batch: Arrays) -> Arrays:
-    """Inside jit: the batch's images (uint8 [B, H, W, C]) and labels, wherever the set lives."""
-    return {name: array[batch['index']] for name, array in arrays.items()} if 'index' in batch else batch
+    """Inside jit: the batch's images (uint8 [B, H, W, C]) and labels, wherever the set lives; and what is frozen."""
+    frozen = {FROZEN: arrays[FROZEN]} if FROZEN in arrays else {}
+    if 'index' in batch:
+        batch = {name: array[batch['index']] for name, array in arrays.items() if name != FROZEN}
+    return batch | frozen
 
 
 def prepare(images: Array, key: PRNGKeyArray, flip: bool) -> Float[Array, 'B H W C']:

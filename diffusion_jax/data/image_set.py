@@ -48,6 +48,7 @@ class ImageSet:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] | None = None
+    streamed = False
 
     def __post_init__(self):
         images, labels, classes = self.images, self.labels, len(self.class_names)
@@ -78,6 +79,15 @@ class ImageSet:
     def num_classes(self) -> int:
         """The number of classes, 0 without labels."""
         return len(self.class_names)
+
+    @property
+    def nbytes(self) -> int:
+        """What the images take in memory."""
+        return self.images.nbytes
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a batch is cut out of: the images, and their labels, if there are any."""
+        return {'image': self.images} if self.labels is None else {'image': self.images, 'label': self.labels}
 
     def in_memory(self) -> 'ImageSet':
         """Itself."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from diffusion_jax.data.latents import LatentSet
 from diffusion_jax.data.order import batch_indices, crop_generator
 from diffusion_jax.data.streamed import THREADS, StreamedSet
 from diffusion_jax.errors import UsageError
@@ -31,7 +32,9 @@ class StreamedBatches:
       rows: those of a batch whose devices this process has.
     """
 
-    def __init__(self, image_set: StreamedSet, seed: int, batch_size: int, start: int, rows: Int[np.ndarray, 'R']):
+    def __init__(
+        self, image_set: StreamedSet | LatentSet, seed: int, batch_size: int, start: int, rows: Int[np.ndarray, 'R']
+    ):
         self._stored_set = image_set
         self._seed, self._batch_size, self._start, self._rows = seed, batch_size, start, rows
 
@@ -52,10 +55,11 @@ class StreamedBatches:
         images = self._stored_set
         indices = batch_indices(self._seed, step, self._batch_size, len(images))[self._rows]
 
-        def read(row: int, index: int) -> np.ndarray:
-            return images.read(index, crop_generator(self._seed, step * self._batch_size + row))
+        def read(row: int, index: int) -> dict[str, np.ndarray]:
+            return images.read_fields(index, crop_generator(self._seed, step * self._batch_size + row))
 
-        batch = {'image': np.stack(list(_threads().map(read, self._rows.tolist(), indices.tolist())))}
+        read_rows = list(_threads().map(read, self._rows.tolist(), indices.tolist()))
+        batch = {name: np.stack([row[name] for row in read_rows]) for name in read_rows[0]}
         if images.labels is not None:
             batch['label'] = np.asarray(images.labels[indices], np.int32)
         return batch

@@ -62,6 +62,7 @@ class StreamedSet:
     captions: tuple[str, ...] | None = None
     crop: str = 'center'
     crop_min_scale: float = 0.8
+    streamed = True
 
     def __post_init__(self):
         formats.check_resolution(self.resolution)
@@ -108,6 +109,10 @@ class StreamedSet:
                 f'{self.stored.name(index)} cannot be read as an image ({type(error).__name__}: {error}). '
                 f'{self.stored.remedy}'
             ) from error
+
+    def read_fields(self, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        """As `read`, as batches have it."""
+        return {'image': self.read(index, rng)}
 
     def load(self, rows: Int[np.ndarray, 'K'] | None = None) -> ImageSet:
         """All images, or those of some rows, in memory; with a progress bar where there are many."""

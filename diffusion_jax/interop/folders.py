@@ -17,11 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.interop import autoencoders, text_encoders
+from diffusion_jax.interop import autoencoders, ddpm, dit, text_encoders
 from diffusion_jax.interop.names import Place, Rename, export_params, import_params
 from diffusion_jax.interop.tensors import TensorFiles, find_weights, read_json, save_tensors
 from diffusion_jax.interop.unets import UNET_RENAME, unet_options
-from diffusion_jax.models import AutoencoderKL, ConditionalUNet, functional
+from diffusion_jax.models import AutoencoderKL, ConditionalUNet, DDPMUNet, DiT, functional
 from diffusion_jax.models.clip_text import ClipText
 from diffusion_jax.models.t5 import T5Encoder
 from diffusion_jax.registry import lookup
@@ -41,6 +41,7 @@ class Kind:
       options: config -> those arguments.
       read: (tensors, shapes, place=, dtype=) -> parameters.
       write: (parameters, names of the tensors there were, or None) -> float32 tensors by their names.
+      layout: tensors -> arguments that not the config but they decide.
     """
 
     stem: str
@@ -48,6 +49,7 @@ class Kind:
     options: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Read
     write: Callable[[Any, set[str] | None], dict[str, np.ndarray]]
+    layout: Callable[[Any], dict[str, Any]] = lambda tensors: {}
 
 
 def _named(rename_of: Callable[[Any], Rename], ignored: str = r'(?!)') -> dict[str, Callable]:
@@ -66,10 +68,15 @@ def _clip_options(projection: bool) -> Callable[[Mapping[str, Any]], dict[str, A
     return functools.partial(text_encoders.clip_options, projection=projection)
 
 
+DIT = Kind('diffusion_pytorch_model', DiT, dit.dit_options, dit.read_dit, dit.write_dit, dit.dit_layout)
+
 KINDS: dict[str, Kind] = {
     'UNet2DConditionModel': Kind(
         'diffusion_pytorch_model', ConditionalUNet, unet_options, **_named(lambda names: UNET_RENAME)
     ),
+    'UNet2DModel': Kind('diffusion_pytorch_model', DDPMUNet, ddpm.ddpm_options, **_named(ddpm.ddpm_rename)),
+    'DiTTransformer2DModel': DIT,
+    'Transformer2DModel': DIT,  # what published ones call themselves
     'AutoencoderKL': Kind(
         'diffusion_pytorch_model',
         AutoencoderKL,
@@ -162,10 +169,10 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return names[0]
 
 
-def make_network(kind: str, config: Mapping[str, Any], dtype: str = 'float32') -> tuple[Any, Callable]:
-    """(shapes of the parameters, apply) of our module for a config, computing in `dtype`."""
+def make_network(kind: str, config: Mapping[str, Any], dtype: str = 'float32', **layout: Any) -> tuple[Any, Callable]:
+    """(shapes of the parameters, apply) of our module for a config and a file's layout, computing in `dtype`."""
     known = KINDS[kind]
-    options = {**known.options(config), 'dtype': dtype}
+    options = {**known.options(config), **layout, 'dtype': dtype}
     init, apply = functional(lambda rngs: known.build(**options, rngs=rngs))
     return jax.eval_shape(init, jax.random.key(0)), apply
 
@@ -201,6 +208,8 @@ def read_part(
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UsageError(f'{folder / "config.json"} makes no {kind}: {error!r}') from error
     tensors = TensorFiles(find_weights(folder, KINDS[kind].stem, variant))
+    if layout := KINDS[kind].layout(tensors):
+        shapes, apply = make_network(kind, config, dtype, **layout)
     return part_of(kind, config, tensors, shapes, apply, mesh=mesh, change=change)
 
 
@@ -274,13 +283,19 @@ def read_folder(
         if name.startswith('tokenizer'):
             tokenizers[name], folders[name] = ClipTokenizer.from_folder(path / name), path / name
         elif name == 'scheduler':
-            scheduler = {'_class_name': named[1], **read_json(path / name / 'scheduler_config.json')}
+            scheduler = {'_class_name': named[1], **read_json(_place_of(path, name, 'scheduler_config.json'))}
         else:
             lookup(f'class of {name} in {path / "model_index.json"}', KINDS, named[1])
-            folder = path / f'{name}_ema' if ema and (path / f'{name}_ema').is_dir() else path / name
+            folder = _place_of(path, name, 'config.json').parent
+            folder = path / f'{name}_ema' if ema and (path / f'{name}_ema').is_dir() else folder
             change = (changes or {}).get(name)
             parts[name] = read(folder, kind=named[1], variant=_variant_there(folder, named[1], variant), change=change)
     return Folder(index, parts, tokenizers, folders, scheduler)
+
+
+def _place_of(path: Path, name: str, file: str) -> Path:
+    """A file of a part: in the part's folder, or, where there is none, beside model_index.json, as of old models."""
+    return path / file if not (path / name).is_dir() and (path / file).is_file() else path / name / file
 
 
 def _variant_there(folder: Path, kind: str, variant: str | None) -> str | None:
@@ -288,7 +303,10 @@ def _variant_there(folder: Path, kind: str, variant: str | None) -> str | None:
 
 
 def _usual_name(kind: str) -> str:
-    return {'AutoencoderKL': 'vae', 'UNet2DConditionModel': 'unet'}.get(kind, 'text_encoder')
+    if KINDS[kind] is DIT:
+        return 'transformer'
+    names = {'AutoencoderKL': 'vae', 'UNet2DConditionModel': 'unet', 'UNet2DModel': 'unet'}
+    return names.get(kind, 'text_encoder')
 
 
 def write_part(folder: str | Path, part: Part, shard_bytes: int = 5 * 10**9) -> None:

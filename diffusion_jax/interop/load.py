@@ -1,11 +1,12 @@
-"""Published models, ready to sample: Stable Diffusion 1, 2 and XL in diffusers' layout.
+"""Published models, ready to sample: Stable Diffusion 1, 2 and XL, DDPM and DiT in diffusers' layout.
 
 pipeline = load('stable-diffusion-v1-5')
 image = pipeline(1, prompts='a red heart', guidance_scale=7.5, steps=25, solver='dpmpp_2m').images[0]
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def load(
     """A pipeline from a folder in diffusers' layout; it needs neither torch nor diffusers nor a network.
 
     Args:
-      path: of the folder: Stable Diffusion 1, 2, XL and its inpainting models.
+      path: of the folder: Stable Diffusion 1, 2, XL and its inpainting models; DDPM; DiT.
       variant: of the weights, such as 'fp16', for parts that have it.
       ema: the averaged weights, where there are such.
       dtype: that the networks compute in, 'float32' or 'bfloat16'.
@@ -86,19 +87,28 @@ def pipeline_of(folder: Folder, mesh: Mesh | None = None) -> ImagePipeline:
       UsageError: they make none.
     """
     parts = folder.parts
-    denoiser = parts.get('unet')
+    denoiser = parts.get('unet') or parts.get('transformer')
     if denoiser is None:
-        raise UsageError(f'there is no denoiser (unet) among the parts: {", ".join(parts) or "none"}.')
+        raise UsageError(f'there is no denoiser (unet or transformer) among the parts: {", ".join(parts) or "none"}.')
     if folder.scheduler is None:
         raise UsageError('there is no scheduler_config.json, which says what the denoiser predicts and when.')
     options = denoiser.options
+    if 'num_classes' not in options:
+        raise UsageError(f'a {denoiser.kind} is no denoiser.')
     latents = latent_space(parts['vae']) if 'vae' in parts else None
     prompts = _prompts(folder) if 'text_encoder' in parts else None
-    if prompts is None:
+    of_text, of_classes = denoiser.kind == 'UNet2DConditionModel', 'transformer' in parts
+    if of_text and prompts is None:
         raise UsageError('a UNet2DConditionModel needs a text_encoder and a tokenizer beside it.')
-    if options['num_classes']:
-        raise UsageError('a UNet2DConditionModel with labels besides the text is read, but has no pipeline.')
-    size = options['resolution'] * (latents.factor if latents else 1)
+    if prompts is not None and not of_text:
+        raise UsageError(f'a {denoiser.kind} takes no text, and there is a text_encoder beside it.')
+    if options['num_classes'] and not of_classes:
+        besides = ' besides the text' if of_text else ''
+        raise UsageError(f'a {denoiser.kind} with labels{besides} is read, but has no pipeline.')
+    scheduler = folder.scheduler
+    if folder.index.get('_class_name') == 'DDIMPipeline':  # whose scheduler becomes one of DDIM, whatever it was
+        scheduler = {**scheduler, '_class_name': 'DDIMScheduler'}
+    sides = [side * (latents.factor if latents else 1) for side in _sides(denoiser)]
     channels = parts['vae'].options['image_channels'] if latents else options['image_channels']
     extra = options.get('extra_channels', 0)
     if extra not in (0, 1 + (latents.channels if latents else 0)):
@@ -106,37 +116,47 @@ def pipeline_of(folder: Folder, mesh: Mesh | None = None) -> ImagePipeline:
     return ImagePipeline(
         denoiser.apply,
         denoiser.params,
-        schedulers.schedule_of(folder.scheduler),
-        schedulers.prediction_of(folder.scheduler),
-        (size, size, channels),
-        mesh=mesh,
+        schedulers.schedule_of(scheduler),
+        schedulers.prediction_of(scheduler),
+        (*sides, channels),
+        _class_names(folder.index, options['num_classes']) if of_classes else (),
+        mesh,
+        options.get('learned_variance', False),
         latents=latents,
         prompts=prompts,
-        planner=ScheduledPlanner(folder.scheduler, latents is not None),
+        # Latents of texts are not clipped, whatever an old config says; all else is as the config says.
+        planner=ScheduledPlanner(scheduler, of_text and latents is not None),
         inpaints=extra > 0,
     )
+
+
+def _sides(denoiser: Part) -> tuple[int, int]:
+    """(height, width) that it was trained at, in its own pixels or latents."""
+    size = denoiser.config.get('sample_size')
+    resolution = denoiser.options['resolution']
+    return tuple(size) if isinstance(size, list | tuple) else (resolution, resolution)
+
+
+def _class_names(index: Mapping[str, Any], count: int) -> list[str]:
+    """Of labels 0 .. count - 1, as model_index.json has them; their numbers where it has none."""
+    names = index.get('id2label')
+    names = names if isinstance(names, Mapping) else {}
+    return [str(names.get(str(label), label)) for label in range(count)]
 
 
 def latent_space(part: Part) -> LatentSpace:
     """The latents of an AutoencoderKL."""
     options = part.options
     return LatentSpace(
-        encoder=_mean_of(part.apply),
-        decoder=_decoder_of(part.apply),
+        encoder=functools.partial(encode, part.apply),
+        decoder=functools.partial(decode, part.apply),
         params=part.params,
         scale=part.config.get('scaling_factor', 0.18215),
         shift=part.config.get('shift_factor') or 0.0,
         factor=2 ** (len(options['channel_multipliers']) - 1),
         channels=options['latent_channels'],
+        image_channels=options['image_channels'],
     )
-
-
-def _mean_of(apply: Callable) -> Callable:
-    return lambda params, images: encode(apply, params, images).mean
-
-
-def _decoder_of(apply: Callable) -> Callable:
-    return lambda params, z: decode(apply, params, z)
 
 
 def _prompts(folder: Folder) -> ClipPrompts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
@@ -28,7 +29,9 @@ from diffusion_jax.experiment import (
     read_record,
 )
 from diffusion_jax.images import grid, save_png, to_float, to_uint8
+from diffusion_jax.models.autoencoder import LOG_VARIANCE_RANGE, Moments
 from diffusion_jax.models.functional import Params
+from diffusion_jax.pipelines.latents import LatentSpace
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.sharding import (
     fetch,
@@ -101,6 +104,33 @@ def load_autoencoder(source: str | Path) -> tuple[Callable, Callable, Params, Au
     return autoencoder.encode, autoencoder.decode, params, info
 
 
+def load_autoencoder_file(source: Path, mesh: Mesh) -> LatentSpace:
+    """The latents of a file of --mode=export, or of a run's folder.
+
+    Raises:
+      UsageError: there is no autoencoder there, or it is damaged.
+    """
+    encode, decode, params, info = load_autoencoder(source)
+    quantised = info.config.model.name == 'autoencoder_vq'
+
+    def moments(params, images):
+        encoded = encode(params, images)
+        # A point: the least variance that the other autoencoders have.
+        return Moments(encoded, jnp.full_like(encoded, LOG_VARIANCE_RANGE[0]))
+
+    autoencoder = make_autoencoder(info.config, info.data)
+    return LatentSpace(
+        encoder=moments if quantised else functools.partial(autoencoder.apply, method='encode'),
+        decoder=decode,
+        params=put(jax.tree.map(fetch, params), replicated(mesh)),
+        scale=info.scale,
+        shift=info.shift,
+        factor=info.factor,
+        channels=info.channels,
+        image_channels=info.data.image_shape[2],
+    )
+
+
 def _of_workdir(workdir: Path) -> tuple[Autoencoder, ConfigDict, DataInfo]:
     record = read_record(workdir)
     if record is None:
@@ -125,7 +155,7 @@ def _of_file(path: Path) -> tuple[Autoencoder, Params, ConfigDict, dict[str, Any
             "run with task='autoencoder' writes one."
         )
     config = ConfigDict(with_defaults(metadata['config']))
-    data = DataInfo(tuple(metadata['data']['image_shape']), tuple(metadata['data']['class_names']))
+    data = DataInfo.of(metadata['data'])
     autoencoder = make_autoencoder(config, data)
     check_shapes(path, params, jax.eval_shape(autoencoder.init, jax.random.key(0)))
     return autoencoder, params, config, metadata
@@ -292,16 +322,27 @@ def export_autoencoder(config: ConfigDict, workdir: str | Path) -> Path:
 
     Its metadata has the scale and shift of the latents, measured on up to `MEASURED` training images.
     """
-    mesh = make_mesh(config.mesh)
-    autoencoder, params, step = load_for(config, workdir, mesh)
+    autoencoder, params, step = load_for(config, workdir, make_mesh(config.mesh))
+    path = Path(workdir) / 'model.safetensors'
+    _write(path, autoencoder, params, config, read_record(workdir)[0], step)
+    return path
+
+
+def write_autoencoder(workdir: str | Path, path: Path) -> None:
+    """Writes the newest checkpoint of a run as a file for `load_autoencoder`."""
+    autoencoder, config, _ = _of_workdir(Path(workdir))
+    params, step = _restored(autoencoder, config, workdir, make_mesh())
+    _write(path, autoencoder, params, config, config.to_dict(), step)
+
+
+def _write(path: Path, autoencoder: Autoencoder, params: Params, config: ConfigDict, record: dict, step: int) -> None:
     splits = check_splits(load_data(config), autoencoder)
     params = jax.tree.map(fetch, params)
     scale, shift = measure_scale(functools.partial(autoencoder.encode, params), _spread(splits.train))
-    path = Path(workdir) / 'model.safetensors'
     if is_writer():
         metadata = {
             'kind': KIND,
-            'config': read_record(workdir)[0],
+            'config': record,
             'data': dataclasses.asdict(autoencoder.data),
             'step': step,
             'ema': config.sample.ema,
@@ -310,7 +351,6 @@ def export_autoencoder(config: ConfigDict, workdir: str | Path) -> Path:
         }
         save_weights(path, params, metadata, config.export_dtype)
     LOGGER.info('step %d, latents of scale %.4f and shift %.4f: %s', step, scale, shift, path)
-    return path
 
 
 def check_splits(splits: Splits, autoencoder: Autoencoder) -> Splits:

@@ -17,11 +17,16 @@ from diffusion_jax.text import ClipTokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-    """A tokenizer and the text encoder that it is of: `apply(params, ids)` -> `models.clip_text.TextOutput`."""
+    """A tokenizer and the text encoder that it is of: `apply(params, ids)` -> `models.clip_text.TextOutput`.
+
+    Attributes:
+      length: tokens of a text; the tokenizer's own if None.
+    """
 
     tokenizer: ClipTokenizer
     apply: Callable[..., Any]
     params: Any
+    length: int | None = None
 
 
 @functools.partial(jax.jit, static_argnames=('apply', 'layer'))
@@ -48,7 +53,7 @@ class ClipPrompts:
 
     def _encoded(self, texts: Sequence[str], place: Place, layer: int | None = None) -> list[tuple[Array, Array]]:
         return [
-            _encode(each.params, place(each.tokenizer(list(texts))), apply=each.apply, layer=layer)
+            _encode(each.params, place(each.tokenizer(list(texts), each.length)), apply=each.apply, layer=layer)
             for each in self.encoders
         ]
 

@@ -207,6 +207,7 @@ class ImagePipeline:
       prompts: what makes texts into its conditioning; None if it takes no text.
       planner: what chooses solver and grid where a call does not.
       inpaints: whether it sees a mask and the masked image, as `extra`, besides x_t: then every call needs both.
+      default_prompts: of a model that takes text, in turn, where a call has none.
     """
 
     def __init__(
@@ -223,6 +224,7 @@ class ImagePipeline:
         prompts: Prompts | None = None,
         planner: Planner | None = None,
         inpaints: bool = False,
+        default_prompts: Sequence[str] = ('',),
     ):
         self.class_names = tuple(class_names)
         self.mesh = mesh or make_mesh()
@@ -232,6 +234,7 @@ class ImagePipeline:
         self.prompts = prompts
         self.planner = planner or DefaultPlanner(clip=latents is None)
         self.inpaints = inpaints
+        self.default_prompts = tuple(default_prompts)
         self._model = _Model(apply, schedule, prediction, learned_variance)
 
     @property
@@ -272,7 +275,7 @@ class ImagePipeline:
 
         Args:
           labels: taken in turn until there are `num`; every class in turn by default.
-          prompts: of a model that takes text: one text, or some that are taken in turn; '' by default.
+          prompts: of a model that takes text: one text, or some that are taken in turn; '' by default, mostly.
           negative_prompt: what guidance leads away from: one text, or some that are taken in turn; none by default.
           guidance_scale: classifier-free; 1 is the conditional model, None that model without the unconditional half's
             cost. A new value compiles nothing.
@@ -340,7 +343,7 @@ class ImagePipeline:
         size = self._check_size(size)
         plan = self.plan(solver, steps, spacing, final=final, strength=strength, **solver_options)
         wanted = self.check(num, labels, guidance_scale, batch_size)
-        texts, negative = self._check_texts(num, prompts, negative_prompt, guidance_scale)
+        texts, negative = self.check_texts(num, prompts, negative_prompt, guidance_scale)
         if not 0 <= first < num:
             raise UsageError(f'first must be in 0..{num - 1}, got {first}.')
         self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
@@ -438,7 +441,7 @@ class ImagePipeline:
         plan = self.plan(solver, steps, spacing, final=final, **solver_options)
         self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         wanted = self.check(num, labels, guidance_scale, num)
-        texts, negative = self._check_texts(num, prompts, negative_prompt, guidance_scale)
+        texts, negative = self.check_texts(num, prompts, negative_prompt, guidance_scale)
         self._check_image(num, size, None, 1.0, None)
         guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
         plan, guided = jax.tree.map(np.asarray, (plan, guided))
@@ -579,7 +582,7 @@ class ImagePipeline:
             )
         return size
 
-    def _check_texts(
+    def check_texts(
         self,
         num: int,
         prompts: str | Sequence[str] | None,
@@ -601,7 +604,9 @@ class ImagePipeline:
             self.prompts.check(texts)
             return texts
 
-        return listed('' if prompts is None else prompts), None if negative is None else listed(negative)
+        return listed(self.default_prompts[:num] if prompts is None else prompts), None if negative is None else listed(
+            negative
+        )
 
     def _check_image(
         self, num: int, size: tuple[int, int], image: np.ndarray | None, strength: float, mask: np.ndarray | None

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Encode = Callable[[Any, Float[Array, 'B H W C']], Float[Array, 'B h w c']]
-"""(params, images in [-1, 1]) -> the latents' mean, as the autoencoder has them."""
+from diffusion_jax.models.autoencoder import Moments
+
+Encode = Callable[[Any, Float[Array, 'B H W C']], Moments]
+"""(params, images in [-1, 1]) -> the Gaussians of their latents, as the autoencoder has them."""
 Decode = Callable[[Any, Float[Array, 'B h w c']], Float[Array, 'B H W C']]
 
 
@@ -24,6 +26,7 @@ class LatentSpace:
       scale, shift: of the latents.
       factor: pixels per latent, along each side.
       channels: of the latents.
+      image_channels: of the images.
     """
 
     encoder: Encode
@@ -33,6 +36,7 @@ class LatentSpace:
     shift: float
     factor: int
     channels: int
+    image_channels: int = 3
 
     def placed(self, place: Callable[[Array], Array]) -> 'LatentSpace':
         """With its parameters where `place` puts each of them."""
@@ -43,7 +47,7 @@ class LatentSpace:
         return (size[0] // self.factor, size[1] // self.factor, self.channels)
 
     def encode(self, images: Float[Array, 'B H W C']) -> Float[Array, 'B h w c']:
-        """Images in [-1, 1] -> x0."""
+        """Images in [-1, 1] -> x0, of the latents' means."""
         return _encode(self.params, images, self.scale, self.shift, encoder=self.encoder)
 
     def decode(self, x0: Float[Array, 'B h w c']) -> Float[Array, 'B H W C']:
@@ -63,7 +67,7 @@ class LatentSpace:
 
 @functools.partial(jax.jit, static_argnames='encoder')
 def _encode(params, images, scale, shift, *, encoder: Encode):
-    return (encoder(params, images).astype(jnp.float32) - shift) * scale
+    return (encoder(params, images).mean.astype(jnp.float32) - shift) * scale
 
 
 @functools.partial(jax.jit, static_argnames='decoder')

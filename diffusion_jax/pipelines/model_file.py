@@ -6,7 +6,6 @@ Some such files ship with the package: `pretrained('fashion_mnist')` samples at 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,6 +16,7 @@ from diffusion_jax.errors import UsageError
 from diffusion_jax.experiment import DataInfo, Experiment, make_experiment, read_record
 from diffusion_jax.models.functional import Params
 from diffusion_jax.pipelines.images import ImagePipeline
+from diffusion_jax.pipelines.parts import KEPT, Parts, pipeline_of, read_parts
 from diffusion_jax.registry import unknown
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.sharding import make_mesh, param_shardings, put, replicated, with_shardings
@@ -28,22 +28,8 @@ MODEL = 'diffusion'
 SHIPPED = Path(__file__).parent.parent / 'shipped'
 PREFIX = 'pretrained:'
 
-MATTERS = ('model.', 'schedule.', 'loss.prediction', 'class_conditional')
+MATTERS = ('model.', 'schedule.', 'text.', 'loss.prediction', 'class_conditional')
 """Keys of a config that decide what a model's parameters mean."""
-
-
-def pipeline_of(experiment: Experiment, params: Any, mesh: Mesh | None = None) -> ImagePipeline:
-    """An experiment's network with these parameters, ready to sample."""
-    return ImagePipeline(
-        experiment.apply,
-        params,
-        experiment.schedule,
-        experiment.prediction,
-        experiment.data.image_shape,
-        experiment.data.class_names if experiment.num_classes else (),
-        mesh,
-        experiment.learned_variance,
-    )
 
 
 def save_model(
@@ -77,15 +63,15 @@ def load_model(path: str | Path) -> tuple[Experiment, Params, ConfigDict, int]:
             '--mode=export writes one.'
         )
     config = ConfigDict(with_defaults(metadata['config']))
-    info = DataInfo(tuple(metadata['data']['image_shape']), tuple(metadata['data']['class_names']))
-    experiment = make_experiment(config, info)
+    experiment = make_experiment(config, DataInfo.of(metadata['data']))
     check_shapes(path, params, jax.eval_shape(experiment.init, jax.random.key(0)))
     return experiment, params, config, metadata['step']
 
 
 def shipped_models() -> list[str]:
     """The names that `pretrained` takes."""
-    return sorted(path.stem for path in SHIPPED.glob('*.safetensors') if not path.stem.endswith('_classifier'))
+    others = ('_classifier', '_autoencoder')
+    return sorted(path.stem for path in SHIPPED.glob('*.safetensors') if not path.stem.endswith(others))
 
 
 def _shipped_path(name: str) -> Path:
@@ -107,9 +93,20 @@ def pretrained(name: str, mesh: Mesh | None = None) -> ImagePipeline:
     Raises:
       UsageError: there is no model of that name, or the file holds none.
     """
-    is_file = str(name).endswith('.safetensors')
-    experiment, params, _, _ = load_model(name) if is_file else _load_shipped(name)
-    return pipeline_of(experiment, params, mesh)
+    path = Path(name) if str(name).endswith('.safetensors') else _shipped_path(name)
+    experiment, params, config, _ = load_model(path) if path == Path(name) else _load_shipped(name)
+    return pipeline_of(experiment, params, mesh, parts_of_file(path, config, experiment.data, mesh))
+
+
+def autoencoder_beside(path: str | Path) -> Path:
+    """Where a model's file has its autoencoder: MODEL.safetensors in MODEL_autoencoder.safetensors."""
+    path = Path(path)
+    return path.with_name(f'{path.stem}_autoencoder.safetensors')
+
+
+def parts_of_file(path: Path, config: ConfigDict, info: DataInfo, mesh: Mesh | None) -> Parts:
+    """What a model's file needs besides: its autoencoder lies beside it, or is where its config says."""
+    return read_parts(config, info, mesh, autoencoder_beside(path))
 
 
 @functools.cache
@@ -175,4 +172,12 @@ def load_source(config: ConfigDict, mesh: Mesh | None = None) -> tuple[ImagePipe
     """(pipeline, step) of what `config.init_from` names."""
     mesh = mesh or make_mesh()
     experiment, params, step = load_init(config, mesh)
-    return pipeline_of(experiment, params, mesh), step
+    source = Path(config.init_from)
+    if config.latents.autoencoder:  # another one than the model's own
+        kept = None
+    elif source.is_dir():
+        config, kept = ConfigDict(read_record(source)[0]), source / KEPT
+    else:
+        path = _shipped_path(config.init_from.removeprefix(PREFIX)) if config.init_from.startswith(PREFIX) else source
+        config, kept = load_model(path)[2], autoencoder_beside(path)
+    return pipeline_of(experiment, params, mesh, read_parts(config, experiment.data, mesh, kept)), step

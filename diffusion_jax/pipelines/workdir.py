@@ -19,11 +19,12 @@ from diffusion_jax.compilation import use_cache
 from diffusion_jax.config import solver_options
 from diffusion_jax.distributed import is_writer
 from diffusion_jax.errors import UsageError
-from diffusion_jax.experiment import check_same_run, make_experiment, read_record
+from diffusion_jax.experiment import check_same_run, load_data, make_experiment, read_record
 from diffusion_jax.images import grid, save_png
 from diffusion_jax.pipelines.autoencoders import export_autoencoder, sample_reconstructions
 from diffusion_jax.pipelines.images import ImagePipeline, Samples, parse_labels, save_npz
-from diffusion_jax.pipelines.model_file import load_source, pipeline_of, save_model
+from diffusion_jax.pipelines.model_file import autoencoder_beside, load_source, save_model
+from diffusion_jax.pipelines.parts import KEPT, pipeline_of, read_parts
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.sharding import fetch, make_mesh, param_shardings, with_shardings
 from diffusion_jax.weights import sha256_of
@@ -34,13 +35,18 @@ SHOWN = 400  # samples, in a picture; all are in the .npz
 
 
 def load_pipeline(
-    workdir: str | Path, checkpoint: str = 'newest', ema: bool = True, mesh: Mesh | None = None
+    workdir: str | Path,
+    checkpoint: str = 'newest',
+    ema: bool = True,
+    mesh: Mesh | None = None,
+    autoencoder: str | None = None,
 ) -> tuple[ImagePipeline, int]:
     """(pipeline, step) of the 'newest' or 'best' undamaged checkpoint in a workdir; its data need not be at hand.
 
     Args:
       checkpoint: or the number of its step.
       mesh: the devices to sample on, all of them by default; the run's sharding rules place the parameters on it.
+      autoencoder: of a model of latents: another than the run's own, with the same encoder.
 
     Raises:
       UsageError: there is no run or no checkpoint there, or none that is undamaged.
@@ -54,13 +60,18 @@ def load_pipeline(
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))
     shapes = with_shardings(shapes, param_shardings(shapes, config.sharding_rules, mesh))
     params, step = Checkpoints(workdir).restore_params(shapes, checkpoint, ema)
-    return pipeline_of(experiment, params, mesh), step
+    if autoencoder is not None:
+        config.latents.autoencoder = autoencoder
+    kept = Path(workdir) / KEPT if autoencoder is None else None
+    return pipeline_of(experiment, params, mesh, read_parts(config, experiment.data, mesh, kept)), step
 
 
-def _settings(section: ConfigDict) -> dict[str, Any]:
-    """What a config's `sample` section says to a pipeline."""
+def _settings(section: ConfigDict, num: int) -> dict[str, Any]:
+    """What a config's `sample` section says to a pipeline that draws `num` images."""
     return {
         'labels': parse_labels(section.labels),
+        'prompts': tuple(section.prompts[:num]) or None,
+        'negative_prompt': section.negative_prompt,
         'guidance_scale': section.guidance_scale,
         'solver': section.solver,
         'steps': section.steps,
@@ -78,7 +89,8 @@ def _settings(section: ConfigDict) -> dict[str, Any]:
 
 def sample_as_configured(pipeline: ImagePipeline, section: ConfigDict, num: int | None = None) -> Samples:
     """Draws `num` images (`section.num` by default) as a config's `sample` section says, with a progress bar."""
-    return pipeline(num or section.num, **_settings(section))
+    num = num or section.num
+    return pipeline(num, **_settings(section, num))
 
 
 def sample_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, parts: Path) -> Samples:
@@ -114,7 +126,7 @@ def stream_in_parts(pipeline: ImagePipeline, section: ConfigDict, num: int, part
         if len(some.images):
             yield some
     if first < num:
-        for batch in pipeline.batches(num, first=first, **_settings(section)):
+        for batch in pipeline.batches(num, first=first, **_settings(section, num)):
             if is_writer():
                 save_part(parts, first, batch)
             first += len(batch.images)
@@ -162,6 +174,9 @@ def check_sampling(pipeline: ImagePipeline, section: ConfigDict) -> None:
     """A `UsageError` if the model cannot be sampled as a config's `sample` section says."""
     pipeline.plan(section.solver, section.steps, section.spacing, final=section.final, **solver_options(section))
     pipeline.check(section.num, parse_labels(section.labels), section.guidance_scale, section.batch_size)
+    pipeline.check_texts(
+        section.num, tuple(section.prompts[: section.num]) or None, section.negative_prompt, section.guidance_scale
+    )
     pipeline.check_guidance(section.guidance_scale, section.guidance_rescale, section.guidance_interval)
 
 
@@ -190,6 +205,10 @@ def _file_name(section: ConfigDict, step: int) -> str:
         f'seed{section.seed}',
         f'num{section.num}',
     ]
+    if section.prompts:
+        words.append(f'prompts{hashlib.sha256(repr(tuple(section.prompts)).encode()).hexdigest()[:6]}')
+    if section.negative_prompt is not None:
+        words.append(f'not{hashlib.sha256(section.negative_prompt.encode()).hexdigest()[:6]}')
     if labels is not None:
         words.append(f'labels{"-".join(map(str, labels))}')
     if section.guidance_scale is not None:
@@ -214,7 +233,11 @@ def load_pipeline_for(config: ConfigDict, workdir: str | Path, mesh: Mesh) -> tu
     if config.init_from and read_record(workdir) is None:
         return load_source(config, mesh)
     check_same_run(config, workdir)
-    return load_pipeline(workdir, config.sample.checkpoint, config.sample.ema, mesh)
+    theirs = read_record(workdir)
+    other = config.latents.autoencoder
+    if theirs is not None and other == theirs[0]['latents']['autoencoder']:
+        other = None
+    return load_pipeline(workdir, config.sample.checkpoint, config.sample.ema, mesh, other)
 
 
 def sample(config: ConfigDict, workdir: str | Path) -> Path:
@@ -226,6 +249,8 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
         return sample_reconstructions(config, workdir)
     section = config.sample
     pipeline, step = load_pipeline_for(config, workdir, make_mesh(config.mesh))
+    if pipeline.prompts is not None and not section.prompts:
+        pipeline.default_prompts = load_data(config).test.captions or ('',)
     check_sampling(pipeline, section)
     use_cache(workdir)
     path = Path(workdir) / 'samples' / f'{_file_name(section, step)}.png'
@@ -257,5 +282,7 @@ def export(config: ConfigDict, workdir: str | Path) -> Path:
     path = Path(workdir) / 'model.safetensors'
     if is_writer():
         save_model(path, params, ConfigDict(record[0]), record[1], step, config.sample.ema, config.export_dtype)
+        if (kept := Path(workdir) / KEPT).is_file():
+            shutil.copyfile(kept, autoencoder_beside(path))
     LOGGER.info('step %d: %s', step, path)
     return path

@@ -319,12 +319,15 @@ class ClipTokenizer:
         other._finish()
         return other
 
-    def __call__(self, texts: Sequence[str] | str, length: int | None = None) -> Int[np.ndarray, 'N L']:
+    def __call__(
+        self, texts: Sequence[str] | str, length: int | None = None, warn: bool = True
+    ) -> Int[np.ndarray, 'N L']:
         """Ids [N, length], int32: start, the text's, end, padding. What is too long is cut, and a warning logged.
 
         Args:
           texts: N texts, or one (N = 1).
           length: at least 2; the tokenizer's own by default.
+          warn: of each text that is cut.
 
         Raises:
           UsageError: something is no text, or the length is too small.
@@ -336,7 +339,7 @@ class ClipTokenizer:
             if not isinstance(text, str):
                 raise UsageError(f'a text to tokenize must be a str, got {type(text).__name__}: {text!r}.')
             found = self._encode(text)
-            if len(found) > length - 2:
+            if warn and len(found) > length - 2:
                 LOGGER.warning(
                     'a prompt is %d tokens long, of which the first %d are read. Cut off was: %s',
                     len(found),

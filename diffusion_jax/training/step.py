@@ -10,9 +10,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from diffusion_jax.data.batches import Arrays, cut, prepare
-from diffusion_jax.losses import Loss, LossHistory, draw_indices, drop_condition, update_history
+from diffusion_jax.data.batches import Arrays, cut
+from diffusion_jax.losses import Loss, LossHistory, draw_indices, update_history
 from diffusion_jax.models.partition import split_batch
+from diffusion_jax.training.inputs import Inputs
 from diffusion_jax.training.sharding import optimizer_shardings, param_shardings, replicated
 
 Metrics = dict[str, Float[jax.Array, '...']]
@@ -100,9 +101,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float,
-    flip: bool,
-    null_label: int,
-    label_dropout: float,
+    inputs: Inputs,
     accumulate: int = 1,
     skip_nonfinite: bool = False,
     param_shardings: Any = None,
@@ -113,8 +112,7 @@ def make_train_step(
     weighted so that their mean stays an estimate of the uniform one, and the history takes note of them.
 
     Args:
-      null_label: the label that stands for none: the number of classes, or 0 for an unconditional model.
-      label_dropout: how often it replaces the label.
+      inputs: what the batch becomes.
       accumulate: the batch goes through the network in as many parts, one after the other, and their gradients' mean is
         what the optimiser sees: less memory for the same batch. Divides the batch.
       skip_nonfinite: where the loss or the gradient is not finite, nothing but the step's number changes, and the
@@ -152,10 +150,8 @@ def make_train_step(
     def step(state: TrainState, arrays: Arrays, batch: Arrays):
         key_flip, key_label, key_dropout, key_loss = jax.random.split(jax.random.fold_in(state.key, state.step), 4)
         batch = cut(arrays, batch)
-        x0 = split_batch(prepare(batch['image'], key_flip, flip))
-        conditioning = {}
-        if null_label:
-            conditioning['label'] = drop_condition(key_label, batch['label'], null_label, label_dropout)
+        x0 = split_batch(inputs.x0(batch, key_flip))
+        conditioning = inputs.conditioning(batch, key_label)
 
         history, weights = state.loss_history, jnp.ones(len(x0))
         if history is not None:
@@ -205,7 +201,7 @@ def scanned(step: Callable[..., Any]) -> Callable[[TrainState, Arrays, Arrays], 
 
 
 def make_held_out_loss(
-    loss: Loss, *, null_label: int
+    loss: Loss, inputs: Inputs
 ) -> Callable[[Any, Arrays, Arrays, PRNGKeyArray], Float[jax.Array, '']]:
     """held_out_loss(params, arrays, batch, key_data): the loss without dropout, flips or dropped labels.
 
@@ -215,7 +211,7 @@ def make_held_out_loss(
     def held_out_loss(params, arrays, batch, key_data):
         key = jax.random.wrap_key_data(key_data)
         batch = cut(arrays, batch)
-        x0 = prepare(batch['image'], key, flip=False)
-        return loss(params, x0, key, **({'label': batch['label']} if null_label else {})).mean()
+        x0 = inputs.x0(batch, key, flip=False)
+        return loss(params, x0, key, **inputs.conditioning(batch, None)).mean()
 
     return held_out_loss

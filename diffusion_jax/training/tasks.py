@@ -11,15 +11,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax.data import Splits
-from diffusion_jax.errors import SamplingDiverged
+from diffusion_jax.data.batches import Batches
+from diffusion_jax.errors import SamplingDiverged, UsageError
 from diffusion_jax.evaluation import check_evaluators, evaluate_during_training, evaluate_pipeline
 from diffusion_jax.evaluation.reconstruction import Reconstructions, evaluate_reconstructions
 from diffusion_jax.evaluation.report import write_autoencoder_report, write_report
-from diffusion_jax.experiment import DataInfo, make_autoencoder, make_experiment
+from diffusion_jax.experiment import DataInfo, make_autoencoder, make_experiment, read_record
 from diffusion_jax.pipelines import autoencoders, model_file
+from diffusion_jax.pipelines.parts import keep_autoencoder, pipeline_of, read_parts
 from diffusion_jax.pipelines.workdir import check_sampling, picture_of, sample_as_configured
 from diffusion_jax.registry import lookup
 from diffusion_jax.training.autoencoding import make_autoencoder_step, make_held_out_error, make_objective
+from diffusion_jax.training.inputs import Inputs
+from diffusion_jax.training.latent_cache import cached_latents
 from diffusion_jax.training.step import TrainState, init_state, make_held_out_loss, make_train_step
 
 LOGGER = logging.getLogger(__name__)
@@ -36,10 +40,13 @@ class Task(Protocol):
     data: DataInfo
     pictures: str
 
-    def __init__(self, config: ConfigDict, data: DataInfo): ...
+    def __init__(self, config: ConfigDict, data: DataInfo, mesh: Mesh, workdir: Path): ...
 
     def check(self, splits: Splits, mesh: Mesh) -> None:
         """A `UsageError` if pictures or scores cannot be made as the config says."""
+
+    def batches(self, splits: Splits, make: Callable[..., Batches]) -> tuple[Batches, Batches]:
+        """Batches to train on and held-out ones; `make(image_set, conditioning=.., frozen=..)` makes them."""
 
     def load_init(self, mesh: Mesh) -> Any:
         """The parameters that `config.init_from` names."""
@@ -68,17 +75,63 @@ class _Diffusion:
 
     pictures = 'samples'
 
-    def __init__(self, config: ConfigDict, data: DataInfo):
-        self._config = config
-        self._experiment = make_experiment(config, data)
+    def __init__(self, config: ConfigDict, data: DataInfo, mesh: Mesh, workdir: Path):
+        self._config, self._workdir = config, workdir
+        record = read_record(workdir)
+        self._parts = read_parts(config, record[1] if record else data, mesh)
+        self._experiment = make_experiment(config, self._parts.of(data))
         self.data = self._experiment.data
+        self._prompts = ('',)
 
     def _pipeline(self, params: Any, mesh: Mesh):
-        return model_file.pipeline_of(self._experiment, params, mesh)
+        return pipeline_of(self._experiment, params, mesh, self._parts, self._prompts)
 
     def check(self, splits, mesh):
+        if self.data.text is not None:
+            if splits.train.captions is None:
+                raise UsageError(
+                    f'model.name={self._config.model.name!r} learns from captions, and data.name='
+                    f"{self._config.data.name!r} has none: take one that has, such as 'captioned_folder'."
+                )
+            self._prompts = splits.test.captions
         check_sampling(self._pipeline({}, mesh), self._config.sample)
         check_evaluators(self._config, splits, self._pipeline({}, mesh))
+
+    def batches(self, splits, make):
+        keep_autoencoder(self._config, self.data, self._workdir)
+        parts, frozen = self._parts, {}
+        if parts.text is not None:
+            frozen['text'] = parts.text.params
+        if parts.latents is None or not self._config.latents.cache:
+            sets = splits
+            if parts.latents is not None:
+                frozen['autoencoder'] = parts.latents.params
+        else:
+            sets = cached_latents(self._config, splits, parts, self._workdir)
+
+        def made(name: str) -> Batches:
+            return make(getattr(sets, name), conditioning=self._ids(getattr(splits, name)), frozen=frozen or None)
+
+        return made('train'), made('test')
+
+    def _ids(self, images: Any) -> dict[str, np.ndarray]:
+        if self.data.text is None:
+            return {}
+        ids = self._parts.tokenizer(images.captions, self.data.text.length, warn=False)
+        return {'ids': ids}
+
+    def _inputs(self) -> Inputs:
+        parts, text = self._parts, self.data.text
+        return Inputs(
+            flip=self._config.data.flip,
+            null_label=self._experiment.num_classes,
+            label_dropout=self._config.label_dropout,
+            latents=parts.latent_info,
+            encoder=None if parts.latents is None else parts.latents.encoder,
+            draw=self._config.latents.draw,
+            null_ids=None if text is None else parts.tokenizer('', text.length)[0],
+            encode_text=None if parts.text is None else lambda params, ids: parts.text.apply(params, ids).last,
+        )
 
     def load_init(self, mesh):
         return model_file.load_init(self._config, mesh)[1]
@@ -91,16 +144,14 @@ class _Diffusion:
             self._experiment.loss,
             optimizer,
             ema_decay=self._config.ema_decay,
-            flip=self._config.data.flip,
-            null_label=self._experiment.num_classes,
-            label_dropout=self._config.label_dropout,
+            inputs=self._inputs(),
             accumulate=self._config.train.accumulate,
             skip_nonfinite=self._config.train.max_skipped_steps > 0,
             param_shardings=param_shardings,
         )
 
     def held_out_loss(self):
-        return make_held_out_loss(self._experiment.loss, null_label=self._experiment.num_classes)
+        return make_held_out_loss(self._experiment.loss, self._inputs())
 
     def picture(self, params, splits, mesh):
         samples = sample_as_configured(self._pipeline(params, mesh), self._config.sample)
@@ -124,7 +175,7 @@ class _Autoencoding:
 
     pictures = 'reconstructions'
 
-    def __init__(self, config: ConfigDict, data: DataInfo):
+    def __init__(self, config: ConfigDict, data: DataInfo, mesh: Mesh, workdir: Path):
         self._config = config
         self._autoencoder = make_autoencoder(config, data)
         self._objective = make_objective(config.autoencoder, self._autoencoder)
@@ -135,6 +186,9 @@ class _Autoencoding:
         Reconstructions(self._config, self._autoencoder, splits)
         if self._config.evaluate.every:
             Reconstructions(self._config, self._autoencoder, splits, self._config.evaluate.num_during_training)
+
+    def batches(self, splits, make):
+        return make(splits.train), make(splits.test)
 
     def load_init(self, mesh):
         return autoencoders.load_init(self._config, mesh)
@@ -176,6 +230,6 @@ class _Autoencoding:
 _TASKS: dict[str, type[Task]] = {'diffusion': _Diffusion, 'autoencoder': _Autoencoding}
 
 
-def make_task(config: ConfigDict, data: DataInfo) -> Task:
+def make_task(config: ConfigDict, data: DataInfo, mesh: Mesh, workdir: str | Path) -> Task:
     """What `config.task` names, for such data; a `UsageError` names what does not fit."""
-    return lookup('task', _TASKS, config.task)(config, data)
+    return lookup('task', _TASKS, config.task)(config, data, mesh, Path(workdir))

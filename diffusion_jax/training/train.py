@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
     mesh = make_mesh(config.mesh)
     check_rules(config.sharding_rules)
     splits = load_data(config)
-    task = make_task(config, info_of(splits))
+    task = make_task(config, info_of(splits), mesh, workdir)
     optimizer, learning_rate = make_optimizer(**config.optimizer, num_steps=settings.num_steps)
     if settings.batch_size % (num_batch_shards(mesh) * settings.accumulate):
         raise UsageError(
@@ -84,8 +84,8 @@ def train(config: ConfigDict, workdir: str | Path, profile: bool = False) -> Tra
         placement=config.data.placement,
         workers=config.data.workers,
     )
-    batches, held_out = make_batches(splits.train), make_batches(splits.test)
     task.check(splits, mesh)
+    batches, held_out = task.batches(splits, make_batches)
     checkpoints = Checkpoints(workdir, settings.keep_checkpoints)
     resumed = bool(checkpoints.steps())
     begins_with = task.load_init(mesh) if config.init_from and not resumed else None

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from configs import cifar10, digits, fashion_mnist, unet64  # noqa: E402
 from diffusion_jax.data.batches import Batches  # noqa: E402
 from diffusion_jax.experiment import info_of, load_data, make_experiment  # noqa: E402
+from diffusion_jax.training.inputs import Inputs  # noqa: E402
 from diffusion_jax.training.optimizer import make_optimizer  # noqa: E402
 from diffusion_jax.training.sharding import make_mesh, replicated, sharded_batch  # noqa: E402
 from diffusion_jax.training.step import init_state, make_train_step  # noqa: E402
@@ -74,9 +75,7 @@ def rate_of_step(config, splits, batch: int, steps: int) -> float:
         experiment.loss,
         optimizer,
         ema_decay=config.ema_decay,
-        flip=config.data.flip,
-        null_label=experiment.num_classes,
-        label_dropout=config.label_dropout,
+        inputs=Inputs(config.data.flip, experiment.num_classes, config.label_dropout),
     )
     images = {'image': np.zeros((batch, *splits.train.image_shape), np.uint8), 'label': np.zeros(batch, np.int32)}
     compiled = jax.jit(step, donate_argnums=0).lower(state, {}, images).compile()

@@ -21,6 +21,7 @@ from jax.experimental import topologies
 
 from diffusion_jax.experiment import DataInfo, make_experiment
 from diffusion_jax.models import convolution
+from diffusion_jax.training.inputs import Inputs
 from diffusion_jax.training.optimizer import make_optimizer
 from diffusion_jax.training.sharding import (
     bytes_per_device,
@@ -67,9 +68,7 @@ def main() -> None:
             experiment.loss,
             optimizer,
             ema_decay=config.ema_decay,
-            flip=config.data.flip,
-            null_label=experiment.num_classes,
-            label_dropout=config.label_dropout,
+            inputs=Inputs(config.data.flip, experiment.num_classes, config.label_dropout),
             accumulate=config.train.accumulate,
             param_shardings=shardings.params,
         )

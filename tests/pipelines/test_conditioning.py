@@ -6,6 +6,7 @@ import pytest
 
 from diffusion_jax import schedules
 from diffusion_jax.errors import UsageError
+from diffusion_jax.models.autoencoder import Moments
 from diffusion_jax.models.layers import channels_to_space, space_to_channels
 from diffusion_jax.pipelines import ImagePipeline
 from diffusion_jax.pipelines.latents import LatentSpace
@@ -43,7 +44,7 @@ def plain(params, x, t):
 
 
 LATENTS = LatentSpace(
-    encoder=lambda params, images: space_to_channels(images, 2),
+    encoder=lambda params, images: Moments(space_to_channels(images, 2), -30.0),
     decoder=lambda params, z: channels_to_space(z, 2),
     params={'unused': np.zeros(1, np.float32)},
     scale=0.5,

@@ -16,6 +16,7 @@ from diffusion_jax.data.batches import Batches
 from diffusion_jax.data.image_set import ImageSet
 from diffusion_jax.experiment import DataInfo, make_experiment
 from diffusion_jax.models import UNet, functional
+from diffusion_jax.training.inputs import Inputs
 from diffusion_jax.training.optimizer import make_optimizer
 from diffusion_jax.training.sharding import (
     DEFAULT_RULES,
@@ -71,9 +72,7 @@ def compiled(mesh, *, remat='none', accumulate=1, per_dispatch=None):
         loss,
         OPTIMIZER,
         ema_decay=0.9,
-        flip=True,
-        null_label=0,
-        label_dropout=0.0,
+        inputs=Inputs(True, 0, 0.0),
         accumulate=accumulate,
         param_shardings=shardings.params,
     )
@@ -208,9 +207,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
             loss,
             optax.sgd(0.1),
             ema_decay=0.9,
-            flip=False,
-            null_label=0,
-            label_dropout=0.0,
+            inputs=Inputs(False, 0, 0.0),
             accumulate=accumulate,
         )
         state = init_state(lambda key: {'w': jnp.float32(0.5)}, optax.sgd(0.1), 0)

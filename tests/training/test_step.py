@@ -11,6 +11,7 @@ from diffusion_jax import UsageError
 from diffusion_jax.data.batches import Batches
 from diffusion_jax.experiment import DataInfo, info_of, load_data, make_experiment
 from diffusion_jax.losses import LossHistory, index_probabilities
+from diffusion_jax.training.inputs import Inputs
 from diffusion_jax.training.optimizer import make_optimizer
 from diffusion_jax.training.sharding import make_mesh, replicated, sharded_batch
 from diffusion_jax.training.step import ema_decay_at, init_state, make_held_out_loss, make_train_step
@@ -30,7 +31,8 @@ ADAM = {
 
 def linear_step(**changes):
     """A training step of the model params * x, whose loss and gradient are known."""
-    arguments = {'ema_decay': 0.9, 'flip': False, 'null_label': 3, 'label_dropout': 0.25} | changes
+    given = {name: changes.pop(name) for name in ('flip', 'null_label', 'label_dropout') if name in changes}
+    arguments = {'ema_decay': 0.9, 'inputs': Inputs(**{'null_label': 3, 'label_dropout': 0.25} | given)} | changes
     seen = {}
 
     def loss(params, x0, key, **conditioning):
@@ -146,9 +148,7 @@ def train_on(tiny, devices, steps=3):
             experiment.loss,
             optimizer,
             ema_decay=0.99,
-            flip=True,
-            null_label=10,
-            label_dropout=0.1,
+            inputs=Inputs(True, 10, 0.1),
         ),
         donate_argnums=0,
     )
@@ -182,7 +182,7 @@ def test_the_state_is_created_on_every_device(tiny):
 def test_the_held_out_loss_is_a_function_of_its_key(tiny, key):
     _, splits, experiment, _ = tiny
     params = jax.jit(experiment.init)(key)
-    loss = jax.jit(make_held_out_loss(experiment.loss, null_label=10))
+    loss = jax.jit(make_held_out_loss(experiment.loss, Inputs(null_label=10)))
     batch = {'image': splits.test.images[:16], 'label': splits.test.labels[:16]}
     ours, others = (jax.random.key_data(key) for key in (key, jax.random.key(7)))
     assert loss(params, {}, batch, ours) == loss(params, {}, batch, ours)

@@ -19,13 +19,25 @@ def modules():
     from configs import cifar10
     from diffusion_jax import denoisers, samplers
     from diffusion_jax.experiment import DataInfo, make_experiment
+    from diffusion_jax.training.inputs import Inputs
     from diffusion_jax.training.optimizer import make_optimizer
     from diffusion_jax.training.step import init_state, make_train_step
 
     if cache := os.environ.get('BENCHMARK_CACHE'):
         jax.config.update('jax_compilation_cache_dir', cache)
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    return jax, cifar10, denoisers, samplers, DataInfo, make_experiment, make_optimizer, init_state, make_train_step
+    return (
+        jax,
+        cifar10,
+        denoisers,
+        samplers,
+        DataInfo,
+        make_experiment,
+        make_optimizer,
+        Inputs,
+        init_state,
+        make_train_step,
+    )
 
 
 @functools.cache
@@ -51,14 +63,14 @@ def info(dtype='float32'):
 
 @functools.cache
 def trainer(batch, dtype):
-    jax, *_, make_optimizer, init_state, make_train_step = modules()
+    jax, *_, make_optimizer, Inputs, init_state, make_train_step = modules()
     import numpy as np
 
     config, made = experiment(dtype)
     optimizer, _ = make_optimizer(**config.optimizer, num_steps=config.train.num_steps)
     state = jax.jit(lambda: init_state(made.init, optimizer, 0))()
     step = make_train_step(
-        made.loss, optimizer, ema_decay=config.ema_decay, flip=True, null_label=0, label_dropout=config.label_dropout
+        made.loss, optimizer, ema_decay=config.ema_decay, inputs=Inputs(True, 0, config.label_dropout)
     )
     images = {'image': np.random.default_rng(0).integers(0, 256, (batch, 32, 32, 3), np.uint8)}
     began = time.perf_counter()
