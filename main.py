@@ -3,6 +3,7 @@
   python main.py --config=configs/digits.py --workdir=runs/digits
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample --config.sample.labels=3
   python main.py --mode=sample --config.init_from=pretrained:fashion_mnist    (a model that ships: no training)
+  python main.py --mode=generate --prompt='a red heart' --config.init_from=FOLDER    (Stable Diffusion)
 
 Any key of the config can be set on the command line: --config.KEY=VALUE.
 """
@@ -18,6 +19,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run: checkpoints, metrics, samples.')
 MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(command_line.MODES)}.')
+PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate shall show; several times for several images.')
+NEGATIVE_PROMPT = flags.DEFINE_string('negative_prompt', None, 'What --mode=generate leads away from.')
+NUM = flags.DEFINE_integer('num', None, 'Images of --mode=generate; one of each prompt by default.')
 PROFILE = flags.DEFINE_bool('profile', False, 'Trace training steps 5 to 14 of this start to WORKDIR/profile.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where the environment does not tell.')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are, with --coordinator.')
@@ -30,6 +34,9 @@ def main(argv: list[str]) -> None:
         CONFIG.value,
         WORKDIR.value,
         profile=PROFILE.value,
+        prompts=PROMPT.value,
+        negative_prompt=NEGATIVE_PROMPT.value,
+        num=NUM.value,
         coordinator=COORDINATOR.value,
         num_processes=NUM_PROCESSES.value,
         process_id=PROCESS_ID.value,

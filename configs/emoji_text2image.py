@@ -46,7 +46,6 @@ def get_config():
     config.sample.steps = 25
     config.sample.solver = 'dpmpp_2m'
     config.sample.guidance_scale = 3.0
-    config.sample.clip = False
     config.evaluate.evaluators = ('nearest_neighbour',)
     config.evaluate.num = 256
     return config

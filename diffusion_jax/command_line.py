@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,19 @@ def _export(config: ConfigDict, workdir: str) -> None:
     export(config, workdir)
 
 
-MODES: dict[str, Mode] = {'train': _train, 'sample': _sample, 'evaluate': _evaluate, 'export': _export}
+def _generate(config: ConfigDict, workdir: str, **texts: Any) -> None:
+    from diffusion_jax.pipelines.workdir import generate
+
+    generate(config, workdir, **texts)
+
+
+MODES: dict[str, Mode] = {
+    'train': _train,
+    'sample': _sample,
+    'generate': _generate,
+    'evaluate': _evaluate,
+    'export': _export,
+}
 
 
 def start(
@@ -54,7 +66,10 @@ def start(
     config: ConfigDict,
     workdir: str,
     *,
-    profile: bool,
+    profile: bool = False,
+    prompts: Sequence[str] = (),
+    negative_prompt: str | None = None,
+    num: int | None = None,
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
@@ -62,12 +77,15 @@ def start(
     """One mode, in one process or, with what `distributed.initialize` takes, in several."""
     if profile and mode != 'train':
         raise UsageError(f'--profile traces training steps: it goes with --mode=train, not {mode}.')
+    texts = {'prompts': prompts, 'negative_prompt': negative_prompt, 'num': num}
+    if mode != 'generate' and any(value not in (None, (), []) for value in texts.values()):
+        raise UsageError(f'--prompt, --negative_prompt and --num go with --mode=generate, not {mode}.')
     from diffusion_jax import distributed
 
     distributed.initialize(coordinator, num_processes, process_id)
     if not distributed.is_writer():
         LOGGER.setLevel(logging.WARNING)  # one voice
-    MODES[mode](config, workdir, **({'profile': profile} if mode == 'train' else {}))
+    MODES[mode](config, workdir, **{'train': {'profile': profile}, 'generate': texts}.get(mode, {}))
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -112,8 +130,11 @@ class _AboveTheBar(logging.Handler):
 
 
 def _completed(argv: list[str]) -> list[str]:
-    """With a pretrained model's name, its config file and a workdir need not be named."""
+    """With a pretrained model's name, or to generate, the config file and a workdir need not be named."""
     source = _value(argv, 'config.init_from') or ''
+    if _value(argv, 'mode') == 'generate' and source and not _value(argv, 'config'):
+        argv = [argv[0], '--config=configs/generate.py', *argv[1:]]
+        return argv if _value(argv, 'workdir') else [*argv, '--workdir=runs/generated']
     if not source.startswith('pretrained:') or (_value(argv, 'mode') or 'train') == 'train':
         return argv
     name = source.removeprefix('pretrained:')

@@ -134,7 +134,7 @@ def default_config() -> ConfigDict:
             'guidance_scale': placeholder(float),  # None: the conditional model alone
             'guidance_rescale': 0.0,  # in [0, 1]: against over-exposure by large scales
             'guidance_interval': placeholder(tuple),  # (low, high) in log-SNR: guide there alone
-            'clip': True,  # the predicted x0, to [-1, 1]
+            'clip': placeholder(bool),  # the predicted x0, to [-1, 1]; None: where it is an image, not latents
             'seed': 0,
             'batch_size': 100,
             'ema': True,  # the averaged parameters, or the raw ones

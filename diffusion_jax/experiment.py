@@ -219,7 +219,7 @@ def _check_conditioning(config: ConfigDict, info: DataInfo) -> None:
     """A `UsageError` where the model and what it is told of do not fit."""
     name, text = config.model.name, info.text
     if info.latents is not None and config.sample.clip:
-        raise UsageError('sample.clip=True is for pixels: of latents, set config.sample.clip=False.')
+        raise UsageError('sample.clip=True is for pixels, and this model works in latents: leave it out.')
     if name == 'text_unet' and (text is None or text.features):
         raise UsageError(
             "model.name='text_unet' has a text encoder of its own, which captions are for: take captioned data, such "

@@ -36,7 +36,7 @@ MILLIONS = {
     'fashion_mnist': 1.2,
     'unet64': 63.2,
     'emoji_autoencoder': 1.39,
-    'emoji_text2image': 11.3,
+    'emoji_text2image': 10.3,
     'fashion_mnist_autoencoder': 0.54,
 }
 
@@ -47,7 +47,10 @@ def stand_ins(info):
     return Parts(latents, info.latents, ClipTokenizer.small() if info.text else None, info.text)
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+TRAINED = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.stem != 'generate')
+
+
+@pytest.mark.parametrize('path', TRAINED, ids=lambda path: path.stem)
 def test_every_config_builds_and_has_a_header(path: Path):
     config = load_config(path)
     if config.task == 'autoencoder':

@@ -116,6 +116,8 @@ def _load_shipped(name: str) -> tuple[Experiment, Params, ConfigDict, int]:
 
 
 def _check_same_model(config: ConfigDict, theirs: ConfigDict, source: str) -> None:
+    if config.model.name is None:  # whatever it is
+        return
     ours, theirs = flatten(config.to_dict()), flatten(theirs.to_dict())
     # How a network is computed is not what it is.
     keys = (key for key in ours.keys() | theirs.keys() if key.startswith(MATTERS) and key not in ('model.remat',))
@@ -169,8 +171,12 @@ def load_init(config: ConfigDict, mesh: Mesh) -> tuple[Experiment, Params, int]:
 
 
 def load_source(config: ConfigDict, mesh: Mesh | None = None) -> tuple[ImagePipeline, int]:
-    """(pipeline, step) of what `config.init_from` names."""
+    """(pipeline, step) of what `config.init_from` names; that may be a folder in diffusers' layout, too, of step 0."""
     mesh = mesh or make_mesh()
+    if (Path(config.init_from) / 'model_index.json').is_file():
+        from diffusion_jax.interop.load import load
+
+        return load(config.init_from, mesh=mesh), 0
     experiment, params, step = load_init(config, mesh)
     source = Path(config.init_from)
     if config.latents.autoencoder:  # another one than the model's own

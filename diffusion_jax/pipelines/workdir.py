@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 import zipfile
 import zlib
@@ -200,13 +201,14 @@ def _file_name(section: ConfigDict, step: int) -> str:
     labels = parse_labels(section.labels)
     words = [
         f'step{step}',
-        f'{section.solver}{section.steps}',
-        section.spacing,
+        f'{section.solver or "solver"}{section.steps}',
+        *([] if section.spacing is None else [section.spacing]),
         f'seed{section.seed}',
         f'num{section.num}',
     ]
     if section.prompts:
-        words.append(f'prompts{hashlib.sha256(repr(tuple(section.prompts)).encode()).hexdigest()[:6]}')
+        first = re.sub(r'[^a-z0-9]+', '-', section.prompts[0].lower()).strip('-')[:40]
+        words.insert(0, f'{first}-{hashlib.sha256(repr(tuple(section.prompts)).encode()).hexdigest()[:6]}')
     if section.negative_prompt is not None:
         words.append(f'not{hashlib.sha256(section.negative_prompt.encode()).hexdigest()[:6]}')
     if labels is not None:
@@ -217,10 +219,10 @@ def _file_name(section: ConfigDict, step: int) -> str:
         words.append(f'rescale{section.guidance_rescale}')
     if section.guidance_interval is not None:
         words.append(f'interval{"to".join(map(str, section.guidance_interval))}')
-    if section.final != 'zero':
+    if section.final not in ('zero', None):
         words.append(section.final)
     words += [f'{name}{value}' for name, value in solver_options(section).items()]
-    words += [word for word, holds in (('unclipped', not section.clip), ('raw', not section.ema)) if holds]
+    words += [word for word, holds in (('unclipped', section.clip is False), ('raw', not section.ema)) if holds]
     return '_'.join(words)
 
 
@@ -249,6 +251,8 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
         return sample_reconstructions(config, workdir)
     section = config.sample
     pipeline, step = load_pipeline_for(config, workdir, make_mesh(config.mesh))
+    if section.prompts and pipeline.prompts is None:
+        raise UsageError('this model takes no text: --mode=sample draws from it.')
     if pipeline.prompts is not None and not section.prompts:
         pipeline.default_prompts = load_data(config).test.captions or ('',)
     check_sampling(pipeline, section)
@@ -263,6 +267,30 @@ def sample(config: ConfigDict, workdir: str | Path) -> Path:
         shutil.rmtree(parts, ignore_errors=True)
     LOGGER.info('%d images of step %d: %s and .npz', section.num, step, path)
     return path
+
+
+def generate(
+    config: ConfigDict,
+    workdir: str | Path,
+    prompts: Sequence[str],
+    negative_prompt: str | None = None,
+    num: int | None = None,
+) -> Path:
+    """`--mode=generate`: as `sample`, images of these texts, in turn; one of each by default.
+
+    The model is the workdir's, or what `config.init_from` names: also a folder in diffusers' layout.
+    """
+    if not prompts:
+        raise UsageError("--mode=generate needs --prompt='...', one or several times.")
+    if config.task != 'diffusion':
+        raise UsageError('an autoencoder generates nothing by itself: name a config of a model that takes text.')
+    num = len(prompts) if num is None else num
+    if num < len(prompts):
+        raise UsageError(f'--num={num} is less than the {len(prompts)} prompts.')
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.sample.update(prompts=tuple(prompts), num=num, negative_prompt=negative_prompt)
+    return sample(config, workdir)
 
 
 def export(config: ConfigDict, workdir: str | Path) -> Path:
