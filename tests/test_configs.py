@@ -20,6 +20,7 @@ from diffusion_jax.text import ClipTokenizer
 from diffusion_jax.training.autoencoding import make_objective
 from diffusion_jax.training.optimizer import make_optimizer
 
+THOUSAND = tuple(map(str, range(1000)))
 TEN = tuple('0123456789')
 DATA = {
     'cifar10': DataInfo((32, 32, 3), TEN),
@@ -28,6 +29,9 @@ DATA = {
     'unet64': DataInfo((64, 64, 3), ('cat', 'dog')),
     'emoji_autoencoder': DataInfo((64, 64, 3), ()),
     'emoji_text2image': DataInfo((64, 64, 3), (), LatentInfo(4, 4, 0.3, 0.36, (0.0,)), TextInfo(4514, 24)),
+    'ldm_fashion_mnist': DataInfo((28, 28, 1), TEN, LatentInfo(4, 4, 0.3, 0.0, (0.0,))),
+    'ldm_imagenet256': DataInfo((256, 256, 3), THOUSAND, LatentInfo(8, 4, 0.18, 0.0, (0.0,))),
+    'stable_diffusion': DataInfo((512, 512, 3), (), LatentInfo(8, 4, 0.18, 0.0, (0.0,)), TextInfo(49408, 77, 768)),
     'fashion_mnist_autoencoder': DataInfo((28, 28, 1), TEN),
 }
 MILLIONS = {
@@ -38,6 +42,9 @@ MILLIONS = {
     'emoji_autoencoder': 1.39,
     'emoji_text2image': 10.3,
     'fashion_mnist_autoencoder': 0.54,
+    'ldm_fashion_mnist': 3.18,
+    'ldm_imagenet256': 257.4,
+    'stable_diffusion': 859.5,
 }
 
 

@@ -367,7 +367,7 @@ def test_the_text_is_what_changes_the_image_and_its_encoder_learns(text_run):
     settings = {'steps': 3, 'batch_size': 8, 'seed': [5]}
     red, blue = (pipeline(1, prompts=text, **settings).images for text in ('a red square', 'a blue square'))
     assert (red != blue).any()
-    start = load_pipeline(text_run, checkpoint='4')[0].params['text']
+    start = load_pipeline(text_run, checkpoint='8')[0].params['text']
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start, pipeline.params['text'])
     assert moved['encoder']['layers']['0']['mlp']['fc1']['kernel'] > 0
 
