@@ -3,8 +3,8 @@
     python experiments/emoji/run.py --workdir=runs/emoji --data=data/emoji --out=experiments/emoji
 
 For the share, images are drawn for the names of emoji, --num of the training set and --num held out. The nearest real
-emoji of the training set to each (least squares over the image at 16x16 pixels) says what it shows: it counts where that
-one's category in Unicode's list is that of the name. Chance is the share of pairs of emoji of one category.
+emoji of the training set to each (least squares over the image at 16x16 pixels) says what it shows: it counts where
+that one is of the category, in Unicode's list, of the name. Chance is the share of pairs of emoji of one category.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from diffusion_jax import data  # noqa: E402
-from diffusion_jax.data import formats  # noqa: E402
-from diffusion_jax.images import grid, save_png  # noqa: E402
-from diffusion_jax.pipelines import load_pipeline  # noqa: E402
+from diffusion_jax import data
+from diffusion_jax.data import formats
+from diffusion_jax.images import grid, save_png
+from diffusion_jax.pipelines import load_pipeline
 
 NAMES = [
     'red heart',
