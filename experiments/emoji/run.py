@@ -117,8 +117,7 @@ def main() -> None:
     chance = [float(np.square(count / count.sum()).sum()) for count in counts]
     lines.append(f'| chance | | {chance[0]:.1%} | {chance[1]:.1%} | |')
     settings = f'Step {step}, guidance {options.guidance_scale}, {options.steps} steps of DPM-Solver++ 2M.'
-    (options.out / 'table.md').write_text('\n'.join(lines) + f'\n\n{settings}\n')
-    print('\n'.join(lines))
+    print('\n'.join([*lines, '', settings]))
 
 
 if __name__ == '__main__':
