@@ -22,7 +22,12 @@ def test_a_refusal_is_one_message_without_a_traceback(tmp_path):
 def test_help_shows_the_modes_and_an_example():
     status, output = run('--help')
     assert status in (0, 1)  # absl's own choice
-    for word in ('train, sample, evaluate, export', '--mode', '--workdir', 'python main.py --config=configs/digits.py'):
+    for word in (
+        'train, sample, generate, evaluate, export',
+        '--mode',
+        '--workdir',
+        'python main.py --config=configs/digits.py',
+    ):
         assert word in output
 
 
@@ -77,6 +82,24 @@ def test_a_pretrained_model_needs_neither_config_nor_workdir(monkeypatch):
     assert (values.workdir, values.config.data.name) == ('x', 'fashion_mnist')
     with pytest.raises(UsageError, match='--config is missing'):  # training is a run of its own
         parse([source], monkeypatch)
+
+
+def test_to_generate_by_a_model_that_is_there_needs_neither_config_nor_workdir(monkeypatch):
+    monkeypatch.chdir(TINY.parent.parent.parent)
+    parse(['--mode=generate', '--config.init_from=somewhere'], monkeypatch)
+    values = sys.modules['absl.flags'].FLAGS
+    assert values.workdir == 'runs/generated'
+    assert values.config.sample.solver is None
+    parse(['--mode=generate', '--config.init_from=somewhere', '--workdir=x'], monkeypatch)
+    assert sys.modules['absl.flags'].FLAGS.workdir == 'x'
+    with pytest.raises(UsageError, match='--config is missing'):
+        parse(['--mode=generate'], monkeypatch)
+
+
+@pytest.mark.parametrize('texts', [{'prompts': ['a']}, {'negative_prompt': 'a'}, {'num': 1}])
+def test_texts_are_for_generating(texts):
+    with pytest.raises(UsageError, match='go with --mode=generate, not sample'):
+        command_line.start('sample', load_config(), 'x', **texts)
 
 
 def test_a_broken_config_file_is_named(tmp_path, monkeypatch):
