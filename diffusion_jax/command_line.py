@@ -70,9 +70,9 @@ def start(
     prompts: Sequence[str] = (),
     negative_prompt: str | None = None,
     num: int | None = None,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> None:
     """One mode, in one process or, with what `distributed.initialize` takes, in several."""
     if profile and mode != 'train':
