@@ -141,7 +141,7 @@ class Folder:
     Attributes:
       index: model_index.json, or {} of a part that lies alone.
       parts: the networks, by the names of their folders.
-      tokenizers, tokenizer_folders: what reads text, and where each was read from, to be copied.
+      tokenizers, tokenizer_folders: what reads text, and where each was read from, to be copied if it is as it was.
       scheduler: its config; None if there is none.
     """
 
@@ -226,9 +226,7 @@ def part_of(
     """The part that these tensors make, read one at a time and put where they live."""
     read = tensors if change is None else change(tensors)
     params = KINDS[kind].read(read, shapes, place=placing(shapes, mesh or make_mesh()))
-    types = {
-        name: tensors.dtype(name) if isinstance(tensors, TensorFiles) else str(tensors[name].dtype) for name in tensors
-    }
+    types = {name: tensors.dtype(name) if hasattr(tensors, 'dtype') else str(tensors[name].dtype) for name in tensors}
     return Part(kind, config, apply, params, types)
 
 
@@ -356,6 +354,9 @@ def write_folder(path: str | Path, folder: Folder, shard_bytes: int = 5 * 10**9)
         return
     for name, part in folder.parts.items():
         write_part(path / name, part, shard_bytes)
+    for name, tokenizer in folder.tokenizers.items():
+        if name not in folder.tokenizer_folders:
+            tokenizer.save(path / name)
     for name, source in folder.tokenizer_folders.items():
         (path / name).mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():

@@ -17,6 +17,7 @@ from diffusion_jax.errors import UsageError
 from diffusion_jax.interop import schedulers
 from diffusion_jax.interop.folders import Folder, Part, read_folder
 from diffusion_jax.interop.lora import lora_changes
+from diffusion_jax.interop.single_file import read_single_file
 from diffusion_jax.models.autoencoder import decode, encode
 from diffusion_jax.pipelines.clip_prompts import ClipPrompts, ClipPromptsXL, Encoder
 from diffusion_jax.pipelines.images import ImagePipeline
@@ -59,25 +60,64 @@ def load(
     dtype: str = 'float32',
     mesh: Mesh | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    like: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    prediction: str | None = None,
 ) -> ImagePipeline:
-    """A pipeline from a folder in diffusers' layout; it needs neither torch nor diffusers nor a network.
+    """A pipeline from a folder in diffusers' layout, or one file; it needs neither torch nor diffusers nor a network.
 
     Args:
-      path: of the folder: Stable Diffusion 1, 2, XL and its inpainting models; DDPM; DiT.
+      path: of the folder: Stable Diffusion 1, 2, XL and its inpainting models; DDPM; DiT. Or of one .safetensors file
+        in the original layout of Stable Diffusion 1, 2 or XL.
       variant: of the weights, such as 'fp16', for parts that have it.
       ema: the averaged weights, where there are such.
       dtype: that the networks compute in, 'float32' or 'bfloat16'.
       mesh: the devices to sample on; all by default.
       loras: (file, scale) of low-rank changes to add.
+      like, tokenizer, prediction: of one file, as of `single_file.read_single_file`.
 
     Raises:
       UsageError: something is missing, damaged, does not fit its config, or is of a kind that we do not read.
     """
+    folder = read_model(
+        path,
+        variant=variant,
+        ema=ema,
+        dtype=dtype,
+        mesh=mesh,
+        loras=loras,
+        like=like,
+        tokenizer=tokenizer,
+        prediction=prediction,
+    )
+    return pipeline_of(folder, mesh)
+
+
+def read_model(
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    like: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    prediction: str | None = None,
+    latent_scale: float | None = None,
+    **options: Any,
+) -> Folder:
+    """The parts of a folder or of one file, with LoRAs added; arguments as of `load` and `read_single_file`."""
     changes = lora_changes(loras)
-    folder = read_folder(path, variant=variant, ema=ema, dtype=dtype, mesh=mesh, changes=changes)
+    of_file = {'like': like, 'tokenizer': tokenizer, 'prediction': prediction, 'latent_scale': latent_scale}
+    if Path(path).expanduser().is_file():
+        if variant is not None:
+            raise UsageError(f'variant={variant!r} chooses among the files of a folder, and {path} is one file.')
+        folder = read_single_file(path, changes=changes, **of_file, **options)
+    else:
+        if given := [name for name, value in of_file.items() if value is not None]:
+            raise UsageError(f'{", ".join(given)}: for one .safetensors file; {path} is none, and a folder says it.')
+        folder = read_folder(path, variant=variant, changes=changes, **options)
     if lost := changes.keys() - folder.parts.keys():
         raise UsageError(f'the LoRA changes {", ".join(sorted(lost))}, which {path} does not have.')
-    return pipeline_of(folder, mesh)
+    return folder
 
 
 def pipeline_of(folder: Folder, mesh: Mesh | None = None) -> ImagePipeline:

@@ -99,10 +99,10 @@ def import_params(
     Raises:
       UsageError: that names the tensors that are missing, left over, misshapen or of integers.
     """
-    wanted = {torch_name(path, rename): (path, leaf.shape) for path, leaf in _leaves(shapes)}
-    check_names(tensors, {name: _torch_shape(path, shape) for name, (path, shape) in wanted.items()}, ignored)
+    wanted = {torch_name(path, rename): path for path, _ in _leaves(shapes)}
+    check_names(tensors, torch_shapes(shapes, rename), ignored)
     params: dict[str, Any] = {}
-    for name, (path, _) in wanted.items():
+    for name, path in wanted.items():
         array = tensors[name]
         if not _is_float(array.dtype):
             raise UsageError(f'{name} in {_source(tensors)} is of {array.dtype}, and parameters are floats.')
@@ -112,6 +112,11 @@ def import_params(
             node = node.setdefault(key, {})
         node[path[-1]] = place(path, np.ascontiguousarray(array))
     return params
+
+
+def torch_shapes(shapes: Any, rename: Rename) -> dict[str, tuple[int, ...]]:
+    """Name in the file -> shape there, of such parameters, in their order."""
+    return {torch_name(path, rename): _torch_shape(path, leaf.shape) for path, leaf in _leaves(shapes)}
 
 
 def export_params(params: Any, rename: Rename, dtype: str = 'float32') -> dict[str, np.ndarray]:

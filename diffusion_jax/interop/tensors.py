@@ -32,11 +32,13 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._where: dict[str, Any] = {}
         self._slices: dict[str, tuple[tuple[int, ...], str]] = {}
         self.source = ', '.join(map(str, paths))
+        self.metadata: dict[str, str] = {}
         for path in paths:
             if not path.is_file():
                 raise UsageError(f'there is no file {path}.')
             try:
                 file = safe_open(path, 'numpy')
+                self.metadata |= file.metadata() or {}
                 names = list(file.keys())
                 for name in names:
                     if name in self._where:
