@@ -145,28 +145,15 @@ def info_of(splits: data.Splits) -> DataInfo:
 def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
     """Resolves every name that matters to the model; a `UsageError` names what does not fit."""
     _checked(config, info, 'diffusion')
-    height, _, channels = info.model_shape
     if config.model.name in AUTOENCODERS:
         raise UsageError(f"model.name={config.model.name!r} is trained with task='autoencoder'.")
     if not 0 <= config.label_dropout <= 1:
         raise UsageError(f'label_dropout must be in [0, 1], got {config.label_dropout}.')
     num_classes = len(info.class_names) if config.class_conditional else 0
     _check_conditioning(config, info)
-    text = {} if info.text is None or info.text.features else {'vocab_size': info.text.vocab_size}
-    text |= {'text_length': info.text.length} if text else {}
     schedule = build('schedule', SCHEDULES, **options(config.schedule))
-    init, apply = functional(
-        lambda rngs: build(
-            'model',
-            MODELS,
-            **options(config.model),
-            resolution=height,
-            image_channels=channels,
-            num_classes=num_classes,
-            **text,
-            rngs=rngs,
-        )
-    )
+    arguments = network_arguments(config, info)
+    init, apply = functional(lambda rngs: build('model', MODELS, name=config.model.name, **arguments, rngs=rngs))
     network = apply
     if isinstance(schedule, Exploding):
         if config.loss.prediction != 'x0':
@@ -211,8 +198,19 @@ def make_experiment(config: ConfigDict, info: DataInfo) -> Experiment:
         num_classes,
         bool(learned_variance),
         loss_history,
-        functools.partial(network, method='encode') if text else None,
+        functools.partial(network, method='encode') if 'vocab_size' in arguments else None,
     )
+
+
+def network_arguments(config: ConfigDict, info: DataInfo) -> dict[str, Any]:
+    """Arguments of the network of a config: the config's own, and those that follow from the data."""
+    height, _, channels = info.model_shape
+    chosen = {key: value for key, value in options(config.model).items() if key != 'name'}
+    chosen |= {'resolution': height, 'image_channels': channels}
+    chosen['num_classes'] = len(info.class_names) if config.class_conditional else 0
+    if info.text is not None and not info.text.features:
+        chosen |= {'vocab_size': info.text.vocab_size, 'text_length': info.text.length}
+    return chosen
 
 
 def _check_conditioning(config: ConfigDict, info: DataInfo) -> None:

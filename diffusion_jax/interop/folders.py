@@ -337,6 +337,14 @@ def _sharded(tensors: Mapping[str, np.ndarray], limit: int) -> list[list[str]]:
     return shards
 
 
+def check_new(path: Path) -> None:
+    """A `UsageError` if there is a file at that path, or a folder that is not empty."""
+    if path.is_file():
+        raise UsageError(f'{path} is there already: nothing was written. Name a new one.')
+    if path.exists() and any(path.iterdir()):
+        raise UsageError(f'{path} is not empty: nothing was written. Name a new folder.')
+
+
 def write_folder(path: str | Path, folder: Folder, shard_bytes: int = 5 * 10**9) -> None:
     """Writes a model in diffusers' layout; a part that lies alone without an index.
 
@@ -344,8 +352,7 @@ def write_folder(path: str | Path, folder: Folder, shard_bytes: int = 5 * 10**9)
       UsageError: there is a model at that path already.
     """
     path = Path(path).expanduser()
-    if path.exists() and any(path.iterdir()):
-        raise UsageError(f'{path} is not empty: nothing was written. Name a new folder.')
+    check_new(path)
     if not folder.index:
         (part,) = folder.parts.values()
         write_part(path, part, shard_bytes)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UsageError
 from diffusion_jax.interop import autoencoders
-from diffusion_jax.interop.folders import KINDS, Folder, Part, make_network, part_of
+from diffusion_jax.interop.folders import KINDS, Folder, Part, check_new, make_network, part_of
 from diffusion_jax.interop.ldm_names import (
     EMA,
     UNET,
@@ -405,6 +405,11 @@ def read_single_file(
     return Folder(index, parts, tokenizers, folders, scheduler)
 
 
+def unused_names(tensors: Any) -> list[str]:
+    """Names of what is no weight of any part, and known not to be: buffers, and networks of the training."""
+    return sorted(name for name in tensors if NO_WEIGHTS.fullmatch(name))
+
+
 def _check_all(tensors: TensorFiles, used: set[str], found: Contents) -> None:
     """A `UsageError` unless every tensor is of a part, or known to be of none."""
     dropped = ()
@@ -501,8 +506,7 @@ def write_single_file(path: str | Path, folder: Folder) -> None:
     path = Path(path).expanduser()
     if path.suffix != '.safetensors':
         raise UsageError(f'{path} must end in .safetensors.')
-    if path.exists():
-        raise UsageError(f'{path} is there already: nothing was written. Name a new file.')
+    check_new(path)
     parts = folder.parts
     known = {'unet', 'vae', 'text_encoder', 'text_encoder_2'}
     if 'vae' not in parts or parts.keys() - known or any(part.kind != _kind_of(name) for name, part in parts.items()):

@@ -42,12 +42,28 @@ def split(module: nnx.Module) -> tuple[Callable[..., Any], Params]:
     return apply, _to_dict(state)
 
 
+class _Keys:
+    """The keys that nnx.Rngs(key) gives, with a counter of Python's.
+
+    The counter of nnx.Rngs is an array. Where building is traced, as all is here, each update of a traced array looks
+    through the whole program so far, and networks of a thousand parameters take minutes.
+    """
+
+    def __init__(self, key: PRNGKeyArray):
+        self._key, self._count = key, 0
+
+    def params(self) -> PRNGKeyArray:
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
+
+
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[PRNGKeyArray], Params], Callable[..., Any]]:
     """(init, apply) of the module that `build(rngs)` makes, without making it: jit `init` to create params sharded."""
-    apply, _ = split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    apply, _ = split(nnx.eval_shape(lambda: build(_Keys(jax.random.key(0)))))
 
     def init(key: PRNGKeyArray) -> Params:
-        return _to_dict(nnx.state(build(nnx.Rngs(key))))
+        return _to_dict(nnx.state(build(_Keys(key))))
 
     return init, apply
 

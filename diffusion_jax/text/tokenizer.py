@@ -319,6 +319,16 @@ class ClipTokenizer:
         other._finish()
         return other
 
+    def with_length(self, length: int) -> 'ClipTokenizer':
+        """The same, for texts of that many tokens by default.
+
+        Raises:
+          UsageError: there is no room for a start and an end.
+        """
+        other = object.__new__(ClipTokenizer)
+        other.__dict__.update(self.__dict__, length=_checked_length(length))
+        return other
+
     def __call__(
         self, texts: Sequence[str] | str, length: int | None = None, warn: bool = True
     ) -> Int[np.ndarray, 'N L']:
