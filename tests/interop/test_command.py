@@ -206,7 +206,7 @@ def test_help_shows_examples_of_every_command(capsys):
 
 def drawn(init, seed=0):
     """Parameters with no zeros or ones left where a network starts from them."""
-    params = init(jax.random.key(seed))
+    params = jax.jit(init)(jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
