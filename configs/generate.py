@@ -2,9 +2,10 @@
 
     python main.py --mode=generate --prompt='a red heart' --config.init_from=MODEL
 
-MODEL is a folder in diffusers' layout (Stable Diffusion 1, 2 or XL), a file of --mode=export or a run's folder. Without
---config this config is taken, and without --workdir the images go to runs/generated. What is None below is what the
-model itself says: solver and grid of its scheduler_config.json.
+MODEL is a folder in diffusers' layout (Stable Diffusion 1, 2 or XL), a file of --mode=export or a run's folder; or one
+.safetensors file of Stable Diffusion's original layout, with --config.text.tokenizer=FOLDER, which holds vocab.json and
+merges.txt. Without --config this config is taken, and without --workdir the images go to runs/generated. What is None
+below is what the model itself says: solver and grid of its scheduler_config.json.
 """
 
 from ml_collections import ConfigDict

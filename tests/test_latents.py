@@ -19,6 +19,8 @@ from diffusion_jax.data.latents import LatentRecords, LatentSet, description_pat
 from diffusion_jax.evaluation import evaluate
 from diffusion_jax.experiment import LatentInfo, read_record
 from diffusion_jax.images import to_float
+from diffusion_jax.interop.folders import read_folder
+from diffusion_jax.interop.single_file import write_single_file
 from diffusion_jax.pipelines import load_autoencoder, load_pipeline, pretrained
 from diffusion_jax.pipelines.model_file import load_source
 from diffusion_jax.pipelines.parts import KEPT, check_same_latents, read_latent_space
@@ -437,3 +439,14 @@ def test_an_imported_folder_generates(tmp_path):
         assert arrays['images'].shape == (1, 32, 32, 3)
     with pytest.raises(UsageError, match='takes no text'):
         generate(load_config(GENERATE, init_from='pretrained:digits'), tmp_path / 'b', ['seven'])
+
+
+def test_a_file_of_stable_diffusion_is_read_with_the_tokenizer_that_the_config_names(tmp_path, monkeypatch):
+    path = tmp_path / 'model.safetensors'
+    write_single_file(path, read_folder(STABLE_DIFFUSION))
+    with pytest.raises(UsageError, match=r'--config\.text\.tokenizer'):
+        load_source(load_config(GENERATE, init_from=str(path)))
+    asked = {}
+    monkeypatch.setattr('diffusion_jax.interop.load.load', lambda source, **options: asked.update(options, path=source))
+    load_source(load_config(GENERATE, init_from=str(path), text__tokenizer='words'))
+    assert (asked['path'], asked['tokenizer']) == (path, 'words')

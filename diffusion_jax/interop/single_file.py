@@ -483,8 +483,8 @@ def _tokenizers_of(
         if like is None:
             raise UsageError(
                 f'{path} holds no tokenizer. Name a folder with that of CLIP (vocab.json and merges.txt), such as '
-                "tokenizer/ of any Stable Diffusion in diffusers' layout: tokenizer (--tokenizer); or such a folder as "
-                'a whole: like (--like).'
+                "tokenizer/ of any Stable Diffusion in diffusers' layout: tokenizer (--tokenizer; of main.py, "
+                '--config.text.tokenizer); or such a folder as a whole: like (--like).'
             )
         folders = {name: Path(like).expanduser() / name for name in names}
         return {name: ClipTokenizer.from_folder(folder) for name, folder in folders.items()}, folders

@@ -170,15 +170,26 @@ def load_init(config: ConfigDict, mesh: Mesh) -> tuple[Experiment, Params, int]:
     return experiment, put(params, replicated(mesh)), step
 
 
+def _is_single_file(path: Path) -> bool:
+    from diffusion_jax.interop.single_file import is_single_file
+
+    return path.is_file() and path.suffix == '.safetensors' and is_single_file(path)
+
+
 def load_source(config: ConfigDict, mesh: Mesh | None = None) -> tuple[ImagePipeline, int]:
-    """(pipeline, step) of what `config.init_from` names; that may be a folder in diffusers' layout, too, of step 0."""
+    """(pipeline, step) of what `config.init_from` names.
+
+    That may be a model of others, too, of step 0: a folder in diffusers' layout, or a file in the original layout of
+    Stable Diffusion, whose tokenizer is in the folder `config.text.tokenizer`.
+    """
     mesh = mesh or make_mesh()
-    if (Path(config.init_from) / 'model_index.json').is_file():
+    source = Path(config.init_from).expanduser()
+    if (source / 'model_index.json').is_file() or _is_single_file(source):
         from diffusion_jax.interop.load import load
 
-        return load(config.init_from, mesh=mesh), 0
+        tokenizer = None if source.is_dir() or config.text.tokenizer == 'small' else config.text.tokenizer
+        return load(source, mesh=mesh, tokenizer=tokenizer), 0
     experiment, params, step = load_init(config, mesh)
-    source = Path(config.init_from)
     if config.latents.autoencoder:  # another one than the model's own
         kept = None
     elif source.is_dir():
