@@ -3,9 +3,9 @@
     python -m venv ENV && ENV/bin/pip install torch diffusers transformers open-clip-torch
     python experiments/stable_diffusion/run.py --torch-python=ENV/bin/python --folder=/somewhere/with/10/GB
 
-The published weights are not at hand here, so diffusers writes a folder of the same configuration with random ones: 860 M
-parameters in the U-Net, 123 M in the text encoder, 84 M in the autoencoder, 4.3 GB in float32; scaled so that time and
-text move the output. Each part runs in a process of its own, whose peak of memory it then says:
+The published weights are not at hand here, so diffusers writes a folder of the same configuration with random ones:
+860 M parameters in the U-Net, 123 M in the text encoder, 84 M in the autoencoder, 4.3 GB in float32; scaled so that
+time and text move the output. Each part runs in a process of its own, whose peak of memory it then says:
 
   make       diffusers: writes the folder (once; what is there already is kept)
   diffusers  diffusers: reads it, and draws one image from the given noise
