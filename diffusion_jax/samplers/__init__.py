@@ -37,7 +37,7 @@ from diffusion_jax.samplers.engine import (
     sample_trajectory,
 )
 from diffusion_jax.samplers.euler import euler, euler_ancestral
-from diffusion_jax.samplers.grids import FINALS, SPACINGS, time_grid, times_of_indices
+from diffusion_jax.samplers.grids import CONTINUOUS_SPACINGS, FINALS, SPACINGS, time_grid, times_of_indices
 from diffusion_jax.samplers.heun import edm, heun
 from diffusion_jax.samplers.lms import lms
 from diffusion_jax.samplers.pndm import plms, pndm
@@ -69,6 +69,7 @@ def plan(
 
 
 __all__ = [
+    'CONTINUOUS_SPACINGS',
     'DESCRIPTIONS',
     'FINALS',
     'SOLVERS',

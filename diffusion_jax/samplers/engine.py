@@ -163,9 +163,7 @@ def rows(plan: Plan, dtype=jnp.float32) -> Row:
 
 def begin(denoiser: Denoiser, solver: Solver, x: Float[Array, 'B ...']) -> State:
     """The state before the first call, at the initial noise x."""
-    return State(
-        Carry(x, solver.empty_memory(x)), denoiser.initial_state(x) if isinstance(denoiser, Stateful) else ()
-    )
+    return State(Carry(x, solver.empty_memory(x)), denoiser.initial_state(x) if isinstance(denoiser, Stateful) else ())
 
 
 def advance(
