@@ -112,7 +112,7 @@ class Page:
         """Where the Python of what is shown stands."""
         import gradio as gr
 
-        with gr.Accordion('the Python that makes this', open=False):
+        with gr.Accordion('the Python that makes this', open=False, elem_id=f'{name}-code-fold'):
             return gr.Code(language='python', interactive=False, show_label=False, elem_id=f'{name}-code')
 
     @staticmethod

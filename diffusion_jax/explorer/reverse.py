@@ -151,7 +151,7 @@ def _call(subject: Subject, runs: list[Run], moment: int) -> str:
         lines += [
             f'settings = dict({calls.arguments(run.settings)})',
             f'image{end} = pipeline(1, **settings).images[0]',
-            f'trajectory = pipeline.trajectory(1, **settings)',
+            'trajectory = pipeline.trajectory(1, **settings)',
         ]
         state = moment if k == 0 else nearest(run, float(runs[0].times[moment]))
         lines.append(f'x_t{end} = trajectory.x[{state}]')
@@ -251,13 +251,12 @@ def tab(page) -> None:
     def drawn(*values):
         *conditions, seed, solver, other, steps, moment = values
         yield gr.skip(), gr.skip(), None, gr.skip(), '', ''
-        for html, call, runs, moment in show(
-            subject, dict(zip(asked, conditions, strict=True)), seed, solver, other, steps, moment
-        ):
-            if runs is None:
+        conditions = dict(zip(asked, conditions, strict=True))
+        for html, call, made, state in show(subject, conditions, seed, solver, other, steps, moment):
+            if made is None:
                 yield html, gr.skip(), None, gr.skip(), '', ''
             else:
-                yield html, call, runs, gr.update(maximum=runs[0].num_calls, value=moment), '', ''
+                yield html, call, made, gr.update(maximum=made[0].num_calls, value=state), '', ''
 
     outputs = [figure, code, runs, moment, animated, status]
     page.tab('reverse', controls, drawn, [], outputs, drawn=runs)
