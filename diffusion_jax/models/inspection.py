@@ -160,7 +160,7 @@ def network_map(apply: Callable[..., Any], shape: Sequence[int], **conditioning:
     """
     module, network = _denoiser(apply)
     height, width, channels = shape
-    conditioning = _usual_conditioning(module, network, (height, width)) | conditioning
+    conditioning = _usual_conditioning(module, network, (height, width), 'context' in conditioning) | conditioning
     mapped = _mapped(module)
     outputs: dict[str, tuple[int, ...]] = {}
     taps = {path: remember(outputs, path, lambda *call: _output(*call).shape[1:]) for path in mapped}
@@ -195,15 +195,17 @@ def network_map(apply: Callable[..., Any], shape: Sequence[int], **conditioning:
     return _with_skips(found)
 
 
-def _usual_conditioning(module: nnx.Module, network: nnx.Module, size: tuple[int, int]) -> dict[str, Any]:
-    """Shapes of what a denoiser is to be told, of one sample."""
+def _usual_conditioning(
+    module: nnx.Module, network: nnx.Module, size: tuple[int, int], encoded: bool
+) -> dict[str, Any]:
+    """Shapes of what a denoiser is to be told, of one sample; without a text's ids if it comes encoded."""
 
     def shape(*of: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *of), dtype)
 
     given = {'label': shape(dtype=jnp.int32)} if network.num_classes else {}
     if isinstance(module, TextUNet):
-        return given | {'ids': shape(module.text.length, dtype=jnp.int32)}
+        return given if encoded else given | {'ids': shape(module.text.length, dtype=jnp.int32)}
     if isinstance(network, ConditionalUNet):
         attention = network.mid_block.attentions[0].transformer_blocks[0].attn2
         given['context'] = shape(DEFAULT_TOKENS, attention.to_k.in_features)

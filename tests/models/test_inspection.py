@@ -111,7 +111,7 @@ def test_the_map_says_what_attends_to_a_text():
     assert middle.cross_attention == ('unet.mid_block.attentions.0.transformer_blocks.0',)
     apply, _, x, *_ = network('text_unet')
     states = jax.ShapeDtypeStruct((1, 6, 8), jnp.float32)
-    with_context = network_map(apply, x.shape[1:], ids=None, context=states)
+    with_context = network_map(apply, x.shape[1:], context=states)
     text = next(entry for entry in with_context if entry.path == 'text')
     assert text.output_shape is None
     assert text.num_params == entries['text'].num_params
@@ -211,6 +211,8 @@ def test_what_is_not_there_is_said():
         activations(apply, params, x, t, ['down.0.blocks.0.rez'], **conditioning)
     with pytest.raises(UsageError, match=r'does not call down\.0 itself'):
         activations(apply, params, x, t, ['down.0'], **conditioning)
+    with pytest.raises(UsageError, match=r'does not call down itself'):
+        activations(apply, params, x, t, 'down', **conditioning)
     with pytest.raises(UsageError, match='cannot see into it'):
         activations(lambda params, x, t: x, params, x, t)
     _, autoencoder = functional(
