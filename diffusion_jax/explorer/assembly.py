@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusion_jax.explorer import forward, pictures, reverse, schedule_plot
+from diffusion_jax.explorer import forward, guidance_grid, pictures, reverse, schedule_plot, solver_plot
 from diffusion_jax.explorer.page import SECONDS_KEPT, Page
 from diffusion_jax.explorer.subject import Subject, settings_of
 
@@ -16,6 +16,8 @@ def tabs_of(subject: Subject) -> dict[str, Any]:
         'forward': (forward, True),
         'reverse': (reverse, True),
         'schedules': (schedule_plot, True),
+        'guidance': (guidance_grid, has['guided']),
+        'samplers': (solver_plot, True),
     }
     return {name: module for name, (module, wanted) in everything.items() if wanted}
 

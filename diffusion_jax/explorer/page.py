@@ -39,6 +39,7 @@ CSS = """
   padding: 3px 18px 3px 0 !important}
 .dj-table th {font-weight: 500 !important} .dj-table td {font-variant-numeric: tabular-nums}
 .dj-row + .dj-row {margin-top: 14px}
+.dj-column {display: flex; flex-direction: column; gap: 8px}
 .dj-heading {font-weight: 600; margin: 14px 0 4px 0}
 .dj-formula {font-size: 18px; margin: 14px 0 4px 0}
 .dj-bar {display: inline-block; width: 160px; height: 10px; background: var(--border-color-primary)}
@@ -271,9 +272,10 @@ class Page:
         subject, devices = self.subject, jax.local_devices()
         step = '' if subject.step is None else f', step {subject.step:,}'
         kind = getattr(devices[0], 'device_kind', devices[0].platform)
+        count = self.count()
         return (
-            f'<div class="dj-footer"><span id="compiled" data-count="{self.count()}">{self.count()} programs compiled or '
-            f'read from the cache since the start</span> &middot; {len(devices)} x {html.escape(kind)} &middot; '
+            f'<div class="dj-footer"><span id="compiled" data-count="{count}">{count} programs compiled or read from the '
+            f'cache since the start</span> &middot; {len(devices)} x {html.escape(kind)} &middot; '
             f'{html.escape(subject.name)}{step}</div>'
         )
 

@@ -37,7 +37,14 @@ from diffusion_jax.samplers.engine import (
     sample_trajectory,
 )
 from diffusion_jax.samplers.euler import euler, euler_ancestral
-from diffusion_jax.samplers.grids import CONTINUOUS_SPACINGS, FINALS, SPACINGS, time_grid, times_of_indices
+from diffusion_jax.samplers.grids import (
+    CONTINUOUS_SPACINGS,
+    FINALS,
+    SPACINGS,
+    TIME_SPACINGS,
+    time_grid,
+    times_of_indices,
+)
 from diffusion_jax.samplers.heun import edm, heun
 from diffusion_jax.samplers.lms import lms
 from diffusion_jax.samplers.pndm import plms, pndm
@@ -74,6 +81,7 @@ __all__ = [
     'FINALS',
     'SOLVERS',
     'SPACINGS',
+    'TIME_SPACINGS',
     'Adaptive',
     'Carry',
     'Known',

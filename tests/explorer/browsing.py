@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 import numpy as np
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -26,7 +27,7 @@ SWITCHES = (
     '--disable-dev-shm-usage',
     '--window-size=1360,1400',
 )
-PATIENCE = 180  # seconds: a shared machine may have to compile in between
+PATIENCE = 120  # seconds: a shared machine may have to compile in between
 
 
 def start() -> webdriver.Chrome:
@@ -56,15 +57,15 @@ class Browser:
 
     def until(self, done, what: str = '', patience: float = PATIENCE):
         """The first true answer of done()."""
-        end = time.monotonic() + patience
+        end, failed = time.monotonic() + patience, None
         while time.monotonic() < end:
             try:
-                if (answer := done()) not in (None, False, [], ''):
+                if answer := done():
                     return answer
-            except Exception as error:  # the page was drawing
-                what = f'{what} {error!r:.200}'
+            except WebDriverException as error:  # the page was drawing
+                failed = error
             time.sleep(0.05)
-        raise AssertionError(f'the page did not come to it: {what}')
+        raise AssertionError(f'the page did not come to it {what}, in {patience} s: {failed!r:.300}')
 
     def all(self, selector: str):
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
@@ -92,7 +93,7 @@ class Browser:
         """Moves a slider as a drag does: its value, and the event."""
         self.js(
             'const e = document.querySelector(arguments[0]); e.value = arguments[1];'
-            "e.dispatchEvent(new Event('input', {bubbles: true})); e.dispatchEvent(new Event('change', {bubbles: true}))",
+            "for (const name of ['input', 'change', 'pointerup']) e.dispatchEvent(new Event(name, {bubbles: true}))",
             f'#{name} input[type=range]',
             value,
         )
@@ -101,7 +102,8 @@ class Browser:
         """Types into a number or a text, and leaves it."""
         field = self.all(f'#{name} input, #{name} textarea')[0]
         field.send_keys(Keys.CONTROL, 'a')
-        field.send_keys(value, Keys.TAB)
+        field.send_keys(value)
+        self.js('arguments[0].blur()', field)
 
     def choose(self, name: str, option: str) -> None:
         """An option of a dropdown."""
@@ -127,7 +129,7 @@ class Browser:
         sent = [entry['params'] for entry in entries if entry['method'] == 'Network.requestWillBeSent']
         return [params['request']['url'] for params in sent if params.get('documentURL', '').startswith('http')]
 
-    def plot(self, name: str) -> list[dict]:
+    def plot(self, name: str) -> list[dict] | None:
         """The traces of a Plotly plot, as the page has them."""
         return self.js(
             'const p = document.querySelector(arguments[0] + " .js-plotly-plot");'

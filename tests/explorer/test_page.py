@@ -12,12 +12,12 @@ pytestmark = pytest.mark.browser
 
 
 def near(ours, theirs, levels=1):
-    return ours is not None and np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= levels
+    return ours is not None and bool(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= levels)
 
 
 def test_dragging_t_shows_the_librarys_x_t_and_compiles_nothing(browser, digits):
     browser.open()
-    browser.until(lambda: browser.picture('jump') is not None)
+    browser.until(lambda: browser.text('#t'))
     browser.slide('forward-t', 0.4)
     browser.until(lambda: browser.text('#t').startswith('0.4 '))
     compiled = browser.compiled()
@@ -124,7 +124,7 @@ def test_a_hostile_url_opens_a_page_all_the_same(browser, query):
         assert {trace['name'] for trace in traces} == {'linear', 'ddim, 10 steps'}
     else:
         browser.until(lambda: browser.text('#t').startswith('0.5 ') or query.get('t') == '0.3')
-        browser.until(lambda: browser.picture('jump') is not None)
+        browser.until(lambda: browser.text('#t'))
     assert not browser.all('#footer script')
     assert 'alert' not in browser.js('return document.body.innerHTML').replace('alertdialog', '')
 
