@@ -3,6 +3,7 @@
   python main.py --config=configs/digits.py --workdir=runs/digits
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=sample --config.sample.labels=3
   python main.py --mode=sample --config.init_from=pretrained:fashion_mnist    (a model that ships: no training)
+  python main.py --mode=explore                          (a page that looks into a model, at 127.0.0.1:7860)
   python main.py --mode=generate --prompt='a red heart' --config.init_from=FOLDER    (Stable Diffusion)
 
 Any key of the config can be set on the command line: --config.KEY=VALUE.
@@ -22,6 +23,8 @@ MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(command_lin
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'What --mode=generate shall show; several times for several images.')
 NEGATIVE_PROMPT = flags.DEFINE_string('negative_prompt', None, 'What --mode=generate leads away from.')
 NUM = flags.DEFINE_integer('num', None, 'Images of --mode=generate; one of each prompt by default.')
+PORT = flags.DEFINE_integer('port', None, 'Of --mode=explore, on 127.0.0.1: 7860 by default; 0: any that is free.')
+SHARE = flags.DEFINE_bool('share', False, "Of --mode=explore: a public link, too, through Gradio's servers.")
 PROFILE = flags.DEFINE_bool('profile', False, 'Trace training steps 5 to 14 of this start to WORKDIR/profile.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where the environment does not tell.')
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are, with --coordinator.')
@@ -37,6 +40,8 @@ def main(argv: list[str]) -> None:
         prompts=PROMPT.value,
         negative_prompt=NEGATIVE_PROMPT.value,
         num=NUM.value,
+        port=PORT.value,
+        share=SHARE.value,
         coordinator=COORDINATOR.value,
         num_processes=NUM_PROCESSES.value,
         process_id=PROCESS_ID.value,

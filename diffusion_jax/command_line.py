@@ -20,6 +20,9 @@ LOGGER = logging.getLogger('diffusion_jax')
 
 Mode = Callable[..., Any]
 
+EXPLORED = 'pretrained:fashion_mnist'
+"""What --mode=explore looks into where nothing else is named."""
+
 
 # Each mode imports what it needs when it runs: --help and a mistyped flag answer at once.
 def _train(config: ConfigDict, workdir: str, profile: bool) -> None:
@@ -52,12 +55,19 @@ def _generate(config: ConfigDict, workdir: str, **texts: Any) -> None:
     generate(config, workdir, **texts)
 
 
+def _explore(config: ConfigDict, workdir: str, **server: Any) -> None:
+    from diffusion_jax.explorer import explore
+
+    explore(config, workdir, **server)
+
+
 MODES: dict[str, Mode] = {
     'train': _train,
     'sample': _sample,
     'generate': _generate,
     'evaluate': _evaluate,
     'export': _export,
+    'explore': _explore,
 }
 
 
@@ -70,6 +80,8 @@ def start(
     prompts: Sequence[str] = (),
     negative_prompt: str | None = None,
     num: int | None = None,
+    port: int | None = None,
+    share: bool = False,
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -80,12 +92,15 @@ def start(
     texts = {'prompts': prompts, 'negative_prompt': negative_prompt, 'num': num}
     if mode != 'generate' and any(value not in (None, (), []) for value in texts.values()):
         raise UsageError(f'--prompt, --negative_prompt and --num go with --mode=generate, not {mode}.')
+    if mode != 'explore' and (port is not None or share):
+        raise UsageError(f'--port and --share go with --mode=explore, not {mode}.')
+    server = {'share': share} | ({} if port is None else {'port': port})
     from diffusion_jax import distributed
 
     distributed.initialize(coordinator, num_processes, process_id)
     if not distributed.is_writer():
         LOGGER.setLevel(logging.WARNING)  # one voice
-    MODES[mode](config, workdir, **{'train': {'profile': profile}, 'generate': texts}.get(mode, {}))
+    MODES[mode](config, workdir, **{'train': {'profile': profile}, 'generate': texts, 'explore': server}.get(mode, {}))
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -130,8 +145,14 @@ class _AboveTheBar(logging.Handler):
 
 
 def _completed(argv: list[str]) -> list[str]:
-    """With a pretrained model's name, or to generate, the config file and a workdir need not be named."""
+    """With a pretrained model's name, to generate or to explore, the config file and a workdir need not be named."""
     source = _value(argv, 'config.init_from') or ''
+    if _value(argv, 'mode') == 'explore' and not source and not _value(argv, 'config') and not _value(argv, 'workdir'):
+        source = EXPLORED
+        argv = [*argv, f'--config.init_from={source}']
+    if _value(argv, 'mode') == 'explore' and source and not source.startswith('pretrained:'):
+        argv = argv if _value(argv, 'config') else [argv[0], '--config=configs/generate.py', *argv[1:]]
+        return argv if _value(argv, 'workdir') else [*argv, '--workdir=runs/explored']
     if _value(argv, 'mode') == 'generate' and source and not _value(argv, 'config'):
         argv = [argv[0], '--config=configs/generate.py', *argv[1:]]
         return argv if _value(argv, 'workdir') else [*argv, '--workdir=runs/generated']

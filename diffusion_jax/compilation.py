@@ -1,6 +1,8 @@
 """What is compiled once and kept, and what a compiled program needs."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,6 +20,24 @@ def use_cache(workdir: str | Path) -> None:
     jax.config.update('jax_compilation_cache_dir', os.fspath(Path(workdir).absolute() / 'cache'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
     compilation_cache.reset_cache()  # JAX decides at the first compilation whether there is one, and then no more
+
+
+_COMPILE_EVENT = '/jax/core/compile/backend_compile_duration'
+
+
+@functools.cache
+def count_programs() -> Callable[[], int]:
+    """A counter of the programs that this process has compiled, or read from the cache, since it was first asked for.
+
+    Standing still while values change shows that they are traced.
+    """
+    counted = [0]
+
+    def listen(event: str, duration: float, **attributes: object) -> None:
+        counted[0] += event == _COMPILE_EVENT
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: counted[0]
 
 
 def memory_report(compiled: jax.stages.Compiled) -> str:

@@ -104,17 +104,24 @@ def clip_x0(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoise
     return map_x0(denoiser, lambda x0: jnp.where(jnp.isfinite(x0), jnp.clip(x0, low, high), jnp.nan))
 
 
-def edm_preconditioned(apply: Apply, sigma_data: float = 0.5) -> Apply:
+@dataclasses.dataclass(frozen=True)
+class EdmPreconditioned:
     """A raw network F as one that predicts x0 (`kind='x0'`) on an `edm` or `ve` schedule (Karras et al. 2022, eq. 7).
 
     x0 = c_skip x + c_out F(c_in x, log(sigma) / 4), with the c of table 1, so that F sees and gives unit variance for
     data of standard deviation `sigma_data`.
     """
 
-    def preconditioned(params, x, t, **conditioning):
-        sigma = expand(jnp.exp(4.0 * t), x)
-        total = jnp.sqrt(sigma**2 + sigma_data**2)
-        raw = apply(params, x / total, t, **conditioning)
-        return (sigma_data / total) ** 2 * x + sigma * sigma_data / total * raw
+    apply: Apply
+    sigma_data: float = 0.5
 
-    return preconditioned
+    def __call__(self, params, x, t, **conditioning):
+        sigma = expand(jnp.exp(4.0 * t), x)
+        total = jnp.sqrt(sigma**2 + self.sigma_data**2)
+        raw = self.apply(params, x / total, t, **conditioning)
+        return (self.sigma_data / total) ** 2 * x + sigma * self.sigma_data / total * raw
+
+
+def edm_preconditioned(apply: Apply, sigma_data: float = 0.5) -> Apply:
+    """`EdmPreconditioned`: a class, so that one can see what it wraps."""
+    return EdmPreconditioned(apply, sigma_data)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from diffusion_jax.schedules import namespace
+
 
 def to_float(images: UInt8[Array, '...']) -> Float[Array, '...']:
     """uint8 0 .. 255 as float32 -1 .. 1."""
@@ -14,8 +16,9 @@ def to_float(images: UInt8[Array, '...']) -> Float[Array, '...']:
 
 
 def to_uint8(images: Float[Array, '...']) -> UInt8[Array, '...']:
-    """Floats, clipped to [-1, 1], rounded to uint8: the inverse of `to_float`."""
-    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+    """Floats, clipped to [-1, 1], rounded to uint8: the inverse of `to_float`. NumPy arrays stay on the host."""
+    xp = namespace(images)
+    return xp.round(xp.clip((images + 1.0) * 127.5, 0.0, 255.0)).astype(xp.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, min_side: int = 48, gap: int = 2) -> np.ndarray:

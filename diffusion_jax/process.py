@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from diffusion_jax.schedules import Schedule, namespace
+from diffusion_jax.schedules import Chain, Schedule, namespace
 
 Times = Float[Array, ''] | Float[Array, 'B'] | float
 
@@ -53,6 +54,37 @@ def q_step(schedule: Schedule, x_s: Float[Array, 'B ...'], s: Times, t: Times, e
     """A draw of q(x_t | x_s), s < t, for eps ~ N(0, I): one step of the chain when s and t are neighbours on it."""
     alpha, sigma = transition(schedule, jnp.asarray(s), jnp.asarray(t))
     return expand(alpha, x_s) * x_s + expand(sigma, x_s) * eps
+
+
+def q_chain(
+    schedule: Schedule, x0: Float[Array, 'B ...'], key: PRNGKeyArray, num_steps: int
+) -> Float[Array, 'T+1 B ...']:
+    """The chain x_0, x_{1/T}, .. x_1 of T = `num_steps` steps, each made of the one before by `q_step`.
+
+    Step i, from i / T to (i + 1) / T, draws its noise of (key, i). Entry i is distributed as `q_sample` at t = i / T.
+    """
+    x0 = jnp.asarray(x0)
+
+    def step(x, i):
+        eps = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        x = q_step(schedule, x, i / num_steps, (i + 1) / num_steps, eps)
+        return x, x
+
+    _, rest = jax.lax.scan(step, x0, jnp.arange(num_steps))
+    return jnp.concatenate([x0[None], rest])
+
+
+def chain_betas(schedule: Schedule, num_steps: int) -> Float[np.ndarray, 'T']:
+    """The variance that each of T neighbouring steps adds, sigma_{t|s}^2, float64: the betas of a chain of T steps.
+
+    A step that begins at the data, or ends in no signal, counts in full.
+    """
+    times = np.arange(num_steps + 1) / num_steps
+    if isinstance(schedule, Chain) and schedule.num_timesteps == num_steps:
+        return schedule.betas
+    with np.errstate(divide='ignore', invalid='ignore'):
+        _, sigma = transition(schedule, times[:-1], times[1:])
+    return np.square(sigma)
 
 
 class Gaussian(NamedTuple):

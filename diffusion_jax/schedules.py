@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,36 @@ class Schedule:
         t = jnp.asarray(t)
         slope = jax.jvp(self.log_snr, (t,), (jnp.ones_like(t),))[1]
         return self.sigma(t) * jnp.sqrt(-slope)
+
+
+class Levels(NamedTuple):
+    """What x_t is made of, each of the shape of the times.
+
+    Attributes:
+      alpha, sigma: x_t = alpha x_0 + sigma eps.
+      alpha_bar: alpha^2.
+      signal, noise: the shares of the variance of x_t, for data of unit variance; their sum is 1.
+      snr: alpha^2 / sigma^2.
+      log_snr: its natural logarithm.
+    """
+
+    alpha: Any
+    sigma: Any
+    alpha_bar: Any
+    signal: Any
+    noise: Any
+    snr: Any
+    log_snr: Any
+
+
+def levels(schedule: Schedule, t: Time) -> Levels:
+    """What a schedule has at t in [0, 1]: a float or NumPy array in float64 on the host, or a JAX array."""
+    log_snr = schedule.log_snr(t)
+    xp = namespace(log_snr)
+    with np.errstate(over='ignore'):
+        shares = (xp.exp(-xp.logaddexp(0.0, -log_snr)), xp.exp(-xp.logaddexp(0.0, log_snr)))
+        alpha = schedule.alpha(t)
+        return Levels(alpha, schedule.sigma(t), alpha**2, *shares, xp.exp(log_snr), log_snr)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -123,3 +123,26 @@ def test_times_may_differ_within_a_batch(key):
     together = process.q_sample(CHAIN, x0, t, jnp.ones_like(x0))
     for i in range(3):
         np.testing.assert_allclose(together[i], process.q_sample(CHAIN, x0[i : i + 1], t[i], 1.0)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('schedule', [schedules.cosine(20), schedules.linear(None), schedules.edm(), schedules.flow()])
+def test_a_chain_is_distributed_as_the_jump(schedule, key):
+    x0 = jnp.full((20_000,), 0.7)
+    chain = process.q_chain(schedule, x0[None], key, 20)
+    assert chain.shape == (21, 1, 20_000)
+    np.testing.assert_array_equal(chain[0, 0], x0)
+    for i in (1, 7, 20):
+        alpha, sigma = schedule.alpha(i / 20), schedule.sigma(i / 20)
+        assert float(chain[i].mean()) == pytest.approx(0.7 * alpha, abs=5 * sigma / 20_000**0.5 + 1e-6)
+        assert float(chain[i].std()) == pytest.approx(sigma, rel=0.03)
+    # Neighbours are one step apart: what is not explained by the state before is that step's noise.
+    ratio, std = process.transition(schedule, 6 / 20, 7 / 20)
+    assert float((chain[7] - ratio * chain[6]).std()) == pytest.approx(std, rel=0.03)
+
+
+def test_betas_of_a_chain_are_those_of_its_schedule():
+    chain = schedules.cosine(1000)
+    np.testing.assert_array_equal(process.chain_betas(chain, 1000), chain.betas)
+    # The published chain is its continuous limit's, up to the clipped end.
+    np.testing.assert_allclose(process.chain_betas(schedules.cosine(None), 1000)[:-1], chain.betas[:-1], atol=1e-12)
+    np.testing.assert_allclose(process.chain_betas(schedules.ve(), 10).sum(), schedules.ve().sigma(1.0) ** 2)

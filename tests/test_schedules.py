@@ -212,3 +212,18 @@ def test_times_may_be_traced(name):
 def test_impossible_schedules_are_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize('name', schedules.SCHEDULES)
+def test_levels_are_what_x_t_is_made_of(name):
+    schedule = schedules.SCHEDULES[name]()
+    t = np.array([0.0, 0.25, 0.5, 1.0])
+    levels = schedules.levels(schedule, t)
+    np.testing.assert_array_equal(levels.alpha, schedule.alpha(t))
+    np.testing.assert_array_equal(levels.sigma, schedule.sigma(t))
+    total = levels.alpha**2 + levels.sigma**2
+    np.testing.assert_allclose(levels.signal, levels.alpha**2 / total, atol=1e-12)
+    np.testing.assert_allclose(levels.noise, levels.sigma**2 / total, atol=1e-12)
+    np.testing.assert_allclose(levels.snr[1:], (levels.alpha[1:] / levels.sigma[1:]) ** 2, rtol=1e-9)
+    np.testing.assert_allclose(levels.log_snr[1:3], np.log(levels.snr[1:3]))
+    assert schedules.levels(schedule, 0.5).signal == levels.signal[2]

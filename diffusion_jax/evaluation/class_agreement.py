@@ -3,12 +3,27 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from diffusion_jax.errors import UsageError
 from diffusion_jax.evaluation.result import Batch, Result
 from diffusion_jax.images import grid
 
 SHOWN = 40
+
+
+def share_read_as(logits: Float[np.ndarray, 'N K'], labels: Int[np.ndarray, 'N']) -> float:
+    """The share of images, in [0, 1], that a classifier with these logits reads as these labels."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def mean_distance(features: Float[np.ndarray, 'N F']) -> float:
+    """How diverse images are: the mean Euclidean distance between the features of two of them; 0 for copies of one."""
+    if len(features) < 2:
+        raise UsageError(f'the distance between images needs two of them or more, got {len(features)}.')
+    features = np.asarray(features, np.float64)
+    apart = np.linalg.norm(features[:, None] - features[None], axis=-1)
+    return float(apart[np.triu_indices(len(features), 1)].mean())
 
 
 class ClassAgreement:

@@ -173,8 +173,8 @@ def make_network(kind: str, config: Mapping[str, Any], dtype: str = 'float32', *
     """(shapes of the parameters, apply) of our module for a config and a file's layout, computing in `dtype`."""
     known = KINDS[kind]
     options = {**known.options(config), **layout, 'dtype': dtype}
-    init, apply = functional(lambda rngs: known.build(**options, rngs=rngs))
-    return jax.eval_shape(init, jax.random.key(0)), apply
+    _, apply = functional(lambda rngs: known.build(**options, rngs=rngs))
+    return apply.shapes, apply
 
 
 def read_part(

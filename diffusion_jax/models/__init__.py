@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from diffusion_jax.models import inspection
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.conditional_unet import ConditionalUNet
@@ -37,5 +38,6 @@ __all__ = [
     'VQAutoencoder',
     'count_params',
     'functional',
+    'inspection',
     'split',
 ]

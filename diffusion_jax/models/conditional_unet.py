@@ -21,7 +21,7 @@ from diffusion_jax.models.blocks import (
     conv,
     timestep_embedding,
 )
-from diffusion_jax.models.layers import ZERO_INIT, dense
+from diffusion_jax.models.layers import ZERO_INIT, dense, scaled_skips
 from diffusion_jax.models.partition import split_batch
 from diffusion_jax.models.unet import DTYPES, REMATS
 from diffusion_jax.registry import lookup
@@ -264,6 +264,7 @@ class ConditionalUNet(nnx.Module):
         sizes: Float[Array, 'B 6'] | None = None,
         extra: Float[Array, 'B H W E'] | None = None,
         dropout_key: PRNGKeyArray | None = None,
+        skip_scale: Float[Array, 'S'] | Float[Array, 'B S'] | None = None,
     ) -> Float[Array, 'B H W C']:
         """The prediction at x_t.
 
@@ -275,6 +276,8 @@ class ConditionalUNet(nnx.Module):
           pooled, sizes: with pooled_features; sizes in pixels, as `NUM_SIZES` says.
           extra: with extra_channels.
           dropout_key: for dropout (training); without it there is none.
+          skip_scale: what each of the S skip connections is multiplied with, in the order in which they are made, for
+            the batch or for each sample: 1 (all, by default) leaves it as it is, 0 removes it.
         """
         self._check_conditioning(context=context, label=label, pooled=pooled, sizes=sizes, extra=extra)
         num_blocks = 0
@@ -314,6 +317,7 @@ class ConditionalUNet(nnx.Module):
                 skips.append(h)
         first, second = self.mid_block.resnets
         h = run(second, run(self.mid_block.attentions[0], run(first, h)))
+        skips = scaled_skips(skips, skip_scale)
         for level in self.up_blocks:
             for resnet, attention in blocks(level):
                 h = run(resnet, jnp.concatenate([h, skips.pop()], axis=-1))

@@ -24,7 +24,7 @@ from diffusion_jax.models.blocks import (
     timestep_embedding,
 )
 from diffusion_jax.models.conditional_unet import Level
-from diffusion_jax.models.layers import ZERO_INIT
+from diffusion_jax.models.layers import ZERO_INIT, scaled_skips
 from diffusion_jax.models.partition import split_batch
 from diffusion_jax.models.unet import DTYPES, REMATS
 from diffusion_jax.registry import lookup
@@ -176,6 +176,7 @@ class DDPMUNet(nnx.Module):
         t: Float[Array, 'B'],
         label: Int[Array, 'B'] | None = None,
         dropout_key: PRNGKeyArray | None = None,
+        skip_scale: Float[Array, 'S'] | Float[Array, 'B S'] | None = None,
     ) -> Float[Array, 'B H W K']:
         """The prediction at x_t, of K = C channels, or of 2 C with `learned_variance`.
 
@@ -184,6 +185,8 @@ class DDPMUNet(nnx.Module):
           t: timesteps as `Schedule.timestep` gives them.
           label: for a class-conditional model, and for no other.
           dropout_key: for dropout (training); without it there is none.
+          skip_scale: what each of the S skip connections is multiplied with, in the order in which they are made, for
+            the batch or for each sample: 1 (all, by default) leaves it as it is, 0 removes it.
         """
         if (label is None) != (self.num_classes == 0):
             raise UsageError(
@@ -225,6 +228,7 @@ class DDPMUNet(nnx.Module):
         first, second = self.mid_block.resnets
         for module in (first, *(self.mid_block.attentions or ()), second):
             h = run(module, h) / self.middle_scale
+        skips = scaled_skips(skips, skip_scale)
         for level in self.up_blocks:
             for resnet, attention in blocks(level):
                 h = run(resnet, jnp.concatenate([h, skips.pop()], axis=-1))

@@ -31,15 +31,35 @@ def _from_dict(abstract: nnx.State, params: Params) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def split(module: nnx.Module) -> tuple[Callable[..., Any], Params]:
+class ModuleApply:
+    """`apply(params, *args, **kwargs)` is `module(*args, **kwargs)` with these parameters, and pure.
+
+    Equal to itself alone, as any function: what was compiled for it is found again by it and by no other. `inspection`
+    reaches the module through it; nothing else should.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, abstract: nnx.State):
+        self.__name__ = 'apply'  # of compiled programs
+        self._graph = graph
+        self._abstract = abstract
+
+    def __call__(self, params: Params, *args, **kwargs):
+        return self.module(params)(*args, **kwargs)
+
+    def module(self, params: Params | None = None) -> nnx.Module:
+        """A new module that holds these parameters; of shapes alone without them. Changing it changes nothing else."""
+        return nnx.merge(self._graph, self._abstract if params is None else _from_dict(self._abstract, params))
+
+    @property
+    def shapes(self) -> Params:
+        """The parameters, as `jax.ShapeDtypeStruct`s."""
+        return _to_dict(self._abstract)
+
+
+def split(module: nnx.Module) -> tuple[ModuleApply, Params]:
     """(apply, params) of a Flax module: `apply(params, *args, **kwargs)` is `module(*args, **kwargs)`, and pure."""
     graph, state = nnx.split(module)
-    abstract = jax.eval_shape(lambda: state)
-
-    def apply(params: Params, *args, **kwargs):
-        return nnx.merge(graph, _from_dict(abstract, params))(*args, **kwargs)
-
-    return apply, _to_dict(state)
+    return ModuleApply(graph, jax.eval_shape(lambda: state)), _to_dict(state)
 
 
 class _Keys:
@@ -58,7 +78,7 @@ class _Keys:
         return key
 
 
-def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[PRNGKeyArray], Params], Callable[..., Any]]:
+def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[PRNGKeyArray], Params], ModuleApply]:
     """(init, apply) of the module that `build(rngs)` makes, without making it: jit `init` to create params sharded."""
     apply, _ = split(nnx.eval_shape(lambda: build(_Keys(jax.random.key(0)))))
 

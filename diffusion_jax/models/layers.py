@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from diffusion_jax.errors import UsageError
 from diffusion_jax.models.convolution import conv_general_dilated
 from diffusion_jax.models.partition import split_heads
 
@@ -64,6 +65,26 @@ def channels_to_space(x: Float[Array, 'B h w D'], size: int) -> Float[Array, 'B 
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, height * size, width * size, channels // size**2)
+
+
+def scaled_skips(
+    skips: list[Float[Array, 'B H W C']], scale: Float[Array, 'S'] | Float[Array, 'B S'] | None
+) -> list[Float[Array, 'B H W C']]:
+    """Each skip connection of a U-Net times its own number, the same for the batch or one per sample; None: as it is.
+
+    Raises:
+      UsageError: there are not as many numbers as skips.
+    """
+    if scale is None:
+        return skips
+    wanted = (len(skips),) if jnp.ndim(scale) == 1 else (len(skips[0]), len(skips))
+    if jnp.shape(scale) != wanted:
+        raise UsageError(
+            f'skip_scale has a number for each of the {len(skips)} skips, [{len(skips)}] or [{len(skips[0])}, '
+            f'{len(skips)}], got an array of shape {list(jnp.shape(scale))}.'
+        )
+    scale = jnp.asarray(scale)[..., None, None, None]
+    return [skip * scale[..., i, :, :, :].astype(skip.dtype) for i, skip in enumerate(skips)]
 
 
 class GroupNorm(nnx.Module):

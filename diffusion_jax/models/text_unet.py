@@ -86,6 +86,7 @@ class TextUNet(nnx.Module):
         context: Float[Array, 'B L D'] | None = None,
         label: Int[Array, 'B'] | None = None,
         dropout_key: PRNGKeyArray | None = None,
+        skip_scale: Float[Array, 'S'] | Float[Array, 'B S'] | None = None,
         method: str = 'predict',
     ) -> Any:
         """The prediction at x_t.
@@ -96,6 +97,7 @@ class TextUNet(nnx.Module):
           ids: of the texts; or `context`, what the text transformer made of them, to do so once for many calls.
           label: with num_classes.
           dropout_key: for dropout (training); without it there is none.
+          skip_scale: of `ConditionalUNet`.
           method: 'encode' takes ids as `x` and gives the transformer's `TextOutput`, whose `last` is the context.
         """
         if method == 'encode':
@@ -105,4 +107,4 @@ class TextUNet(nnx.Module):
         if (ids is None) == (context is None):
             raise UsageError('this network takes a text: its ids, or the context that they were encoded to.')
         context = self.text(ids).last if context is None else context
-        return self.unet(x, t, context=context, label=label, dropout_key=dropout_key)
+        return self.unet(x, t, context=context, label=label, dropout_key=dropout_key, skip_scale=skip_scale)

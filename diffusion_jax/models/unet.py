@@ -19,6 +19,7 @@ from diffusion_jax.models.layers import (
     channels_to_space,
     conv,
     dense,
+    scaled_skips,
     sinusoidal_embedding,
     space_to_channels,
 )
@@ -213,6 +214,7 @@ class UNet(nnx.Module):
         t: Float[Array, 'B'],
         label: Int[Array, 'B'] | None = None,
         dropout_key: PRNGKeyArray | None = None,
+        skip_scale: Float[Array, 'S'] | Float[Array, 'B S'] | None = None,
     ) -> Float[Array, 'B H W K']:
         """The prediction at x_t, of K = C channels, or of 2 C with `learned_variance`.
 
@@ -221,6 +223,8 @@ class UNet(nnx.Module):
           t: timesteps as `Schedule.timestep` gives them.
           label: for a class-conditional model, and for no other.
           dropout_key: for dropout (training); without it there is none.
+          skip_scale: what each of the S skip connections is multiplied with, in the order in which they are made, for
+            the batch or for each sample: 1 (all, by default) leaves it as it is, 0 removes it.
         """
         if (label is None) != (self.num_classes == 0):
             raise UsageError(
@@ -258,6 +262,7 @@ class UNet(nnx.Module):
                 h = run(level.resample, h)
                 skips.append(h)
         h = run(self.middle_out, run(self.middle_in, h))
+        skips = scaled_skips(skips, skip_scale)
         for level in self.up:
             for block in level.blocks:
                 h = run(block, jnp.concatenate([h, skips.pop()], axis=-1))

@@ -513,6 +513,33 @@ class ImagePipeline:
         return self._model.schedule
 
     @property
+    def apply(self) -> Apply:
+        """The network: `apply(params, x, t, **conditioning)`."""
+        return self._model.apply
+
+    @property
+    def prediction(self) -> str:
+        """What it predicts, one of `process.PREDICTIONS`."""
+        return self._model.prediction
+
+    @property
+    def model_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of what the network sees: of latents, if it works in them."""
+        return self._shape_of(self.image_shape[:2])
+
+    def conditioning(
+        self, num: int, labels: Sequence[int] | None = None, prompts: str | Sequence[str] | None = None
+    ) -> Conditioning:
+        """Keyword arguments of `apply` for these labels or prompts, in turn, arrays [num, ..]; as a call has them.
+
+        Raises:
+          UsageError: the model does not take them.
+        """
+        wanted = self.check(num, labels, None, num)
+        texts, _ = self.check_texts(num, prompts, None, None)
+        return self._condition(np.arange(num), wanted, texts, None, self.image_shape[:2], False)[0]
+
+    @property
     def learned_variance(self) -> bool:
         return self._model.learned_variance
 

@@ -74,7 +74,7 @@ def shipped_models() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob('*.safetensors') if not path.stem.endswith(others))
 
 
-def _shipped_path(name: str) -> Path:
+def shipped_path(name: str) -> Path:
     if name not in shipped_models():
         raise unknown('pretrained model', name, shipped_models())
     return SHIPPED / f'{name}.safetensors'
@@ -93,8 +93,8 @@ def pretrained(name: str, mesh: Mesh | None = None) -> ImagePipeline:
     Raises:
       UsageError: there is no model of that name, or the file holds none.
     """
-    path = Path(name) if str(name).endswith('.safetensors') else _shipped_path(name)
-    experiment, params, config, _ = load_model(path) if path == Path(name) else _load_shipped(name)
+    path = Path(name) if str(name).endswith('.safetensors') else shipped_path(name)
+    experiment, params, config, _ = load_model(path) if path == Path(name) else load_shipped(name)
     return pipeline_of(experiment, params, mesh, parts_of_file(path, config, experiment.data, mesh))
 
 
@@ -110,9 +110,9 @@ def parts_of_file(path: Path, config: ConfigDict, info: DataInfo, mesh: Mesh | N
 
 
 @functools.cache
-def _load_shipped(name: str) -> tuple[Experiment, Params, ConfigDict, int]:
+def load_shipped(name: str) -> tuple[Experiment, Params, ConfigDict, int]:
     """Once: another time the network is the same function, and what was compiled for it is found again."""
-    return load_model(_shipped_path(name))
+    return load_model(shipped_path(name))
 
 
 def _check_same_model(config: ConfigDict, theirs: ConfigDict, source: str) -> None:
@@ -152,7 +152,7 @@ def load_init(config: ConfigDict, mesh: Mesh) -> tuple[Experiment, Params, int]:
         params, step = Checkpoints(source).restore_params(shapes, config.sample.checkpoint, config.sample.ema)
         return experiment, params, step
     if source.startswith(PREFIX):
-        path = _shipped_path(source.removeprefix(PREFIX))
+        path = shipped_path(source.removeprefix(PREFIX))
     elif source.endswith('.safetensors'):
         path = Path(source)
     else:
@@ -195,6 +195,6 @@ def load_source(config: ConfigDict, mesh: Mesh | None = None) -> tuple[ImagePipe
     elif source.is_dir():
         config, kept = ConfigDict(read_record(source)[0]), source / KEPT
     else:
-        path = _shipped_path(config.init_from.removeprefix(PREFIX)) if config.init_from.startswith(PREFIX) else source
+        path = shipped_path(config.init_from.removeprefix(PREFIX)) if config.init_from.startswith(PREFIX) else source
         config, kept = load_model(path)[2], autoencoder_beside(path)
     return pipeline_of(experiment, params, mesh, read_parts(config, experiment.data, mesh, kept)), step

@@ -24,14 +24,27 @@ from diffusion_jax.samplers.engine import (
     Carry,
     Known,
     Plan,
+    Row,
+    Solver,
+    State,
     Trajectory,
+    advance,
+    begin,
     check_finite,
     prior,
+    rows,
     sample,
     sample_trajectory,
 )
 from diffusion_jax.samplers.euler import euler, euler_ancestral
-from diffusion_jax.samplers.grids import FINALS, SPACINGS, time_grid, times_of_indices
+from diffusion_jax.samplers.grids import (
+    CONTINUOUS_SPACINGS,
+    FINALS,
+    SPACINGS,
+    TIME_SPACINGS,
+    time_grid,
+    times_of_indices,
+)
 from diffusion_jax.samplers.heun import edm, heun
 from diffusion_jax.samplers.lms import lms
 from diffusion_jax.samplers.pndm import plms, pndm
@@ -63,15 +76,22 @@ def plan(
 
 
 __all__ = [
+    'CONTINUOUS_SPACINGS',
     'DESCRIPTIONS',
     'FINALS',
     'SOLVERS',
     'SPACINGS',
+    'TIME_SPACINGS',
     'Adaptive',
     'Carry',
     'Known',
     'Plan',
+    'Row',
+    'Solver',
+    'State',
     'Trajectory',
+    'advance',
+    'begin',
     'check_finite',
     'ddim',
     'ddim_inversion',
@@ -101,6 +121,7 @@ __all__ = [
     'pndm',
     'prior',
     'repaint',
+    'rows',
     'sample',
     'sample_adaptive',
     'sample_trajectory',

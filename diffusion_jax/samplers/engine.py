@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffusion_jax.denoisers import Denoiser, Stateful, clip_x0
@@ -124,50 +125,109 @@ def _check_known(known: Known, shape: tuple[int, ...]) -> None:
         )
 
 
-def _run(denoiser: Denoiser, plan: Plan, x, key, clip: bool, known: Known | None, on_step, record: bool):
+def _check(plan: Plan, x, key, known: Known | None) -> None:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise UsageError('key must be a typed key, as jax.random.key makes it.')
     if key.ndim > 1 or (key.ndim == 1 and key.shape[0] != x.shape[0]):
         raise UsageError(f'key must be one key or one per sample: got shape {key.shape} for {x.shape[0]} samples.')
     if x.dtype not in (jnp.float32, jnp.float64):
         raise UsageError(f'x must be float32 or float64, got {x.dtype}; a network may compute in bfloat16 inside.')
-    if clip:
-        denoiser = clip_x0(denoiser)
-    coefficients, times, alpha, sigma = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, x.dtype), (plan.coefficients, plan.times, plan.alpha, plan.sigma)
-    )
-
-    def keep_known(x, index, alpha, sigma):
-        if known is None:
-            return x
-        noise = _normal(key, jnp.uint32(KNOWN_NOISE) + jnp.uint32(index), x.shape, x.dtype)
-        return jnp.where(jnp.asarray(known.mask) != 0, alpha * jnp.asarray(known.x0, x.dtype) + sigma * noise, x)
-
-    def body(state, row):
-        carry, memory = state
-        index, t, coefficients, next_alpha, next_sigma = row
-
-        def denoise(x_t, t):
-            nonlocal memory
-            if not isinstance(denoiser, Stateful):
-                return denoiser(x_t, t)
-            prediction, memory = denoiser.call(x_t, t, memory)
-            return prediction
-
-        carry, x0 = plan.solver.step(carry, t, coefficients, denoise, lambda: _normal(key, index, x.shape, x.dtype))
-        carry = carry._replace(x=keep_known(carry.x, index + 1, next_alpha, next_sigma))
-        if on_step is not None:
-            jax.debug.callback(on_step, index)
-        return (carry, memory), (carry.x, x0) if record else None
-
     if known is not None:
         _check_known(known, x.shape)
-    x = keep_known(x, 0, alpha[0], sigma[0])
-    carry = Carry(x, plan.solver.empty_memory(x))
-    memory = denoiser.initial_state(x) if isinstance(denoiser, Stateful) else ()
-    rows = (jnp.arange(plan.num_calls), times[:-1], coefficients, alpha[1:], sigma[1:])
-    (carry, _), recorded = jax.lax.scan(body, (carry, memory), rows)
-    return x, carry.x, recorded
+
+
+class State(NamedTuple):
+    """What a run has come to between two calls: the solver's carry, and the memory of a `Stateful` denoiser."""
+
+    carry: Carry
+    memory: Any = ()
+
+
+class Row(NamedTuple):
+    """What a plan says of one call: scalars and the solver's coefficients; or of all, with a leading axis of N."""
+
+    index: Int[Array, '']
+    t: Float[Array, '']
+    coefficients: Any
+    next_alpha: Float[Array, '']
+    next_sigma: Float[Array, '']
+
+
+def rows(plan: Plan, dtype=jnp.float32) -> Row:
+    """The plan's calls, [N, ...]. Of a plan that is concrete they are NumPy arrays: taking one compiles nothing."""
+    values = (plan.times[:-1], plan.coefficients, plan.alpha[1:], plan.sigma[1:])
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)):
+        return Row(jnp.arange(plan.num_calls), *jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), values))
+    return Row(np.arange(plan.num_calls, dtype=np.int32), *jax.tree.map(lambda leaf: np.asarray(leaf, dtype), values))
+
+
+def begin(denoiser: Denoiser, solver: Solver, x: Float[Array, 'B ...']) -> State:
+    """The state before the first call, at the initial noise x."""
+    return State(Carry(x, solver.empty_memory(x)), denoiser.initial_state(x) if isinstance(denoiser, Stateful) else ())
+
+
+def advance(
+    denoiser: Denoiser,
+    solver: Solver,
+    state: State,
+    row: Row,
+    key: PRNGKeyArray,
+    *,
+    clip: bool = False,
+    known: Known | None = None,
+) -> tuple[State, Float[Array, 'B ...']]:
+    """One call of a run, and (state, predicted x0) after it: what `sample` scans over. Pure: jit it.
+
+    To look on while a sample is made, or to stop: jitted once it serves plans of any length, as `row` is traced.
+
+        state = begin(denoiser, plan.solver, x)
+        for i in range(plan.num_calls):
+            state, x0 = advance(denoiser, plan.solver, state, jax.tree.map(lambda leaf: leaf[i], rows(plan)), key)
+
+    Args:
+      solver: the plan's.
+      row: this call's, of `rows(plan)`.
+      key, clip, known: as in `sample`.
+    """
+    if clip:
+        denoiser = clip_x0(denoiser)
+    carry, memory = state
+    shape, dtype = carry.x.shape, carry.x.dtype
+
+    def denoise(x_t, t):
+        nonlocal memory
+        if not isinstance(denoiser, Stateful):
+            return denoiser(x_t, t)
+        prediction, memory = denoiser.call(x_t, t, memory)
+        return prediction
+
+    carry, x0 = solver.step(carry, row.t, row.coefficients, denoise, lambda: _normal(key, row.index, shape, dtype))
+    x = _keep_known(carry.x, known, row.index + 1, row.next_alpha, row.next_sigma, key)
+    return State(carry._replace(x=x), memory), x0
+
+
+def _keep_known(x, known: Known | None, index, alpha, sigma, key):
+    if known is None:
+        return x
+    noise = _normal(key, jnp.uint32(KNOWN_NOISE) + jnp.uint32(index), x.shape, x.dtype)
+    return jnp.where(jnp.asarray(known.mask) != 0, alpha * jnp.asarray(known.x0, x.dtype) + sigma * noise, x)
+
+
+def _run(denoiser: Denoiser, plan: Plan, x, key, clip: bool, known: Known | None, on_step, record: bool):
+    _check(plan, x, key, known)
+    if clip:
+        denoiser = clip_x0(denoiser)
+
+    def body(state, row):
+        state, x0 = advance(denoiser, plan.solver, state, row, key, known=known)
+        if on_step is not None:
+            jax.debug.callback(on_step, row.index)
+        return state, (state.carry.x, x0) if record else None
+
+    alpha, sigma = (jnp.asarray(value[0], x.dtype) for value in (plan.alpha, plan.sigma))
+    x = _keep_known(x, known, 0, alpha, sigma, key)
+    state, recorded = jax.lax.scan(body, begin(denoiser, plan.solver, x), rows(plan, x.dtype))
+    return x, state.carry.x, recorded
 
 
 def check_finite(x: Float[Array, 'B ...']) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from image_files import prepare, random_bytes
 
-from diffusion_jax.data import SOURCES, ImageSet, Splits, formats, load, sources
+from diffusion_jax.data import SOURCES, ImageSet, Splits, examples, formats, load, sources
 from diffusion_jax.errors import UsageError
 
 # ImageSet
@@ -511,3 +511,17 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, 'read_bytes', refuse)
     with pytest.raises(UsageError, match=r'data_batch_1.bin: expected a readable file, found Permission denied'):
         sources.cifar10(str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['digits', 'fashion_mnist'])
+def test_examples_are_images_of_the_test_set_the_classes_in_turn(name):
+    some = examples(name)
+    np.testing.assert_array_equal(some.labels, np.tile(np.arange(10), 3))
+    try:
+        test = load(name).test
+    except UsageError:
+        pytest.skip('the data set is not on this machine')
+    assert some.class_names == test.class_names
+    for image, label in zip(some.images, some.labels, strict=True):
+        same = (test.images[test.labels == label] == image).all(axis=(1, 2, 3))
+        assert same.sum() == 1

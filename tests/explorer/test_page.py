@@ -1,0 +1,163 @@
+"""The page in a browser: every tab opened, its main control moved, and what it shows held against the library."""
+
+import jax
+import numpy as np
+import pytest
+from pages import executed
+
+from diffusion_jax import data, process, samplers, schedules
+from diffusion_jax.images import to_float, to_uint8
+
+pytestmark = pytest.mark.browser
+
+
+def near(ours, theirs, levels=1):
+    return ours is not None and bool(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= levels)
+
+
+def test_dragging_t_shows_the_librarys_x_t_and_compiles_nothing(browser, digits):
+    browser.open()
+    browser.until(lambda: browser.text('#t'))
+    browser.slide('forward-t', 0.4)
+    browser.until(lambda: browser.text('#t').startswith('0.4 '))
+    compiled = browser.compiled()
+    for t in (0.9, 0.2, 0.65):
+        browser.slide('forward-t', t)
+        browser.until(lambda t=t: browser.text('#t').startswith(f'{t} '))
+        schedule, x0 = digits.pipeline.schedule, np.asarray(to_float(data.examples('digits').images[:1]))
+        eps = np.asarray(jax.device_get(jax.random.normal(jax.random.key(0), x0.shape)))
+        expected = to_uint8(np.float32(schedule.alpha(t)) * x0 + np.float32(schedule.sigma(t)) * eps)
+        assert near(browser.picture('jump'), expected[0])
+        shares = schedules.levels(schedule, t)
+        assert browser.text('#signal').strip() == f'{100 * shares.signal:.3g} %'
+    browser.slide('forward-image', 4)
+    browser.until(lambda: near(browser.picture('image'), data.examples('digits').images[4]))
+    # The first loop's library calls compile in this process, too: the page alone must not.
+    browser.slide('forward-t', 0.31)
+    browser.until(lambda: browser.text('#t').startswith('0.31 '))
+    settled = browser.compiled()
+    for t in (0.77, 0.12, 0.5):
+        browser.slide('forward-t', t)
+        browser.until(lambda t=t: browser.text('#t').startswith(f'{t} '))
+    assert browser.compiled() == settled >= compiled
+
+
+def test_the_reverse_tab_draws_and_scrubs_what_the_library_draws(browser, digits):
+    browser.open()
+    browser.go_to('Reverse')
+    browser.until(lambda: 'state 20 of 20' in browser.text('#x_t'))
+    browser.write('reverse-seed', '4')
+    browser.slide('reverse-steps', 8)
+    browser.click('#reverse-draw')
+    browser.until(lambda: 'state 8 of 8' in browser.text('#x_t'))
+    settings = {'labels': [0], 'guidance_scale': 1.5, 'seed': 4, 'solver': 'ddim', 'steps': 8}
+    whole = digits.pipeline.trajectory(1, **settings)
+    assert near(browser.picture('x0'), digits.pipeline(1, **settings).images[0])
+    browser.slide('reverse-moment', 3)
+    browser.until(lambda: 'state 3 of 8' in browser.text('#x_t'))
+    assert near(browser.picture('x_t'), to_uint8(whole.x[3, 0]))
+    assert near(browser.picture('x0'), to_uint8(whole.x0[3, 0]))
+    browser.click('#reverse-forth')
+    browser.until(lambda: 'state 4 of 8' in browser.text('#x_t'))
+    assert near(browser.picture('x_t'), to_uint8(whole.x[4, 0]))
+    browser.click('#reverse-back')
+    browser.until(lambda: 'state 3 of 8' in browser.text('#x_t'))
+    browser.click('#reverse-play')
+    browser.until(lambda: 'state 8 of 8' in browser.text('#x_t'))
+    browser.click('#reverse-gif')
+    browser.until(lambda: browser.all('#reverse_animation img'))
+    # Another seed and number of steps: the same program.
+    compiled = browser.compiled()
+    browser.write('reverse-seed', '11')
+    browser.slide('reverse-steps', 13)
+    browser.slide('reverse-scale', 4.0)
+    browser.click('#reverse-draw')
+    browser.until(lambda: '8 of 13' in browser.text('#x_t') and browser.picture('change') is not None)
+    assert browser.compiled() == compiled
+
+
+def test_the_schedules_are_the_librarys_in_the_plot(browser):
+    browser.open(tab='schedules', names='linear,flow', shift='3', solver='dpmpp_2m', steps='5')
+    traces = browser.until(lambda: browser.plot('schedules-plot'))
+    by_name = {(trace['name'], trace['yaxis']): trace for trace in traces}
+    linear = schedules.levels(schedules.linear(1000), np.linspace(0, 1, 201))
+    np.testing.assert_allclose(by_name['linear', 'y']['y'], linear.alpha_bar, rtol=1e-9)
+    shifted = schedules.levels(schedules.flow(3.0), np.linspace(0, 1, 201))
+    np.testing.assert_allclose(by_name['flow, shift 3', 'y']['y'], shifted.alpha_bar, rtol=1e-9, atol=1e-12)
+    browser.slide('schedules-steps', 7)
+    plan = samplers.plan('dpmpp_2m', schedules.linear(1000), 7)
+
+    def marks():
+        traces = browser.plot('schedules-plot')
+        return [trace['x'] for trace in traces if trace['name'] == 'dpmpp_2m, 7 steps']
+
+    np.testing.assert_allclose(browser.until(marks)[0], np.unique(plan.times), rtol=1e-9)
+
+
+def test_a_view_is_in_the_url_and_comes_back(browser):
+    browser.open(tab='reverse', label='3', seed='9', steps='5', state='2', second='euler')
+    browser.until(lambda: 'state 2 of 5' in browser.text('#x_t'))
+    shown = browser.picture('x_t'), browser.picture('x_t_b')
+    browser.until(lambda: 'state=2' in browser.driver.current_url)
+    url = browser.driver.current_url
+    assert 'label=3&' in url
+    browser.driver.get('about:blank')
+    browser.driver.get(url)
+    browser.until(lambda: 'state 2 of 5' in browser.text('#x_t'))
+    for before, after in zip(shown, (browser.picture('x_t'), browser.picture('x_t_b')), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    'query',
+    [
+        {'tab': '<script>alert(1)</script>', 't': '0.3'},
+        {'tab': 'forward', 't': 'nan', 'seed': '1e400', 'schedule': '<img src=x onerror=alert(1)>', 'T': '12'},
+        {'tab': 'forward', 't': '7', 'image': '99999999999', 'nothing': 'x' * 3000},
+        {'tab': 'schedules', 'names': ',,,linear,<b>', 'steps': '-5'},
+    ],
+)
+def test_a_hostile_url_opens_a_page_all_the_same(browser, query):
+    browser.open(**query)
+    if query['tab'] == 'schedules':
+        traces = browser.until(lambda: browser.plot('schedules-plot'))
+        assert {trace['name'] for trace in traces} == {'linear', 'ddim, 10 steps'}
+    else:
+        browser.until(lambda: browser.text('#t').startswith('0.5 ') or query.get('t') == '0.3')
+        browser.until(lambda: browser.text('#t'))
+    assert not browser.all('#footer script')
+    assert 'alert' not in browser.js('return document.body.innerHTML').replace('alertdialog', '')
+
+
+def test_no_request_leaves_this_machine(browser):
+    browser.open()
+    browser.go_to('Schedules')
+    browser.until(lambda: browser.plot('schedules-plot'))
+    elsewhere = [
+        url
+        for url in browser.requests()
+        if not url.startswith((browser.address, 'data:', 'blob:', 'about:', 'chrome:', 'chrome-extension:'))
+    ]
+    assert elsewhere == []
+
+
+def test_the_python_on_the_page_makes_the_picture_on_it(browser):
+    browser.open(tab='forward', image='2', t='0.4', seed='6', schedule='cosine')
+    browser.until(lambda: browser.text('#t').startswith('0.4 '))
+    browser.click('#forward-code-fold button')
+    call = browser.until(lambda: browser.code('forward'))
+    assert near(browser.picture('jump'), np.asarray(executed(call)['x_t'])[0])
+
+
+def test_what_fails_is_said_on_the_page(browser):
+    browser.open(tab='schedules', names='linear', T='10', solver='ddim', steps='50')
+    message = browser.until(lambda: browser.text('#schedules-message .dj-message'))
+    assert 'steps must be in 1..10' in message
+
+
+def test_a_chain_in_process_is_the_librarys(browser):
+    browser.open(tab='forward', image='1', t='0.2', schedule='linear', T='50')
+    browser.until(lambda: 'step 10 of 50' in browser.text('#t'))
+    x0 = to_float(data.examples('digits').images[1:2])
+    chain = process.q_chain(schedules.linear(50), x0, jax.random.key(1), 50)
+    assert near(browser.picture('chain'), to_uint8(chain[10, 0]))
