@@ -131,7 +131,7 @@ class Part:
         def typed(name: str) -> np.dtype:
             return np.dtype(ml_dtypes.bfloat16 if types.get(name) == 'bfloat16' else types.get(name, 'float32'))
 
-        return {name: array.astype(typed(name)) for name, array in written.items()}
+        return {name: array.astype(typed(name), copy=False) for name, array in written.items()}
 
 
 @dataclasses.dataclass(frozen=True)

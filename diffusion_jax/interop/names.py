@@ -106,7 +106,7 @@ def import_params(
         array = tensors[name]
         if not _is_float(array.dtype):
             raise UsageError(f'{name} in {_source(tensors)} is of {array.dtype}, and parameters are floats.')
-        array = from_torch_layout(path, array).astype(_numpy_dtype(dtype))
+        array = from_torch_layout(path, array).astype(_numpy_dtype(dtype), copy=False)
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -123,7 +123,7 @@ def export_params(params: Any, rename: Rename, dtype: str = 'float32') -> dict[s
     """The inverse of `import_params`: tensors by their names in the file."""
     return {
         torch_name(path, rename): np.ascontiguousarray(
-            to_torch_layout(path, np.asarray(jax.device_get(leaf))).astype(_numpy_dtype(dtype))
+            to_torch_layout(path, np.asarray(jax.device_get(leaf))).astype(_numpy_dtype(dtype), copy=False)
         )
         for path, leaf in _leaves(params)
     }
