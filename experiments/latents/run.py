@@ -41,6 +41,9 @@ LEVELS = {
 """The networks: pixels at 28, 14 and 7 positions a side; patches at 14 and 7; latents at 7."""
 
 
+DEFAULT = ('latents of 4x4:300,600', 'patches of 2x2:300,600', 'pixels:300')
+
+
 def changes_of(kind: str, autoencoder: Path, runs: Path) -> dict:
     latents = {'latents__autoencoder': str(autoencoder), 'latents__cache_dir': str(runs / 'latents_of_images')}
     return LEVELS[kind] | (latents if kind.startswith('latents') else {})
@@ -101,11 +104,15 @@ class Timed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--autoencoder', type=Path, default=Path('runs/fashion_mnist_autoencoder/model.safetensors'))
-    parser.add_argument('--num', type=int, default=2000, help='samples per row of the table')
+    parser.add_argument('--num', type=int, default=1000, help='samples per row of the table')
     parser.add_argument('--runs', type=Path, default=RUNS, help='where models and samples are kept')
     parser.add_argument('--turns', type=int, default=5)
     parser.add_argument(
-        '--train', nargs='+', default=['latents of 4x4:300,600,1200', 'patches of 2x2:600,1200', 'pixels:600']
+        '--train',
+        nargs='+',
+        default=DEFAULT,
+        help='network:steps,steps,.. (default: %(default)s)',
+        metavar='KIND:STEPS',
     )
     options = parser.parse_args()
     study = Study(options.runs, options.num)
