@@ -42,7 +42,7 @@ MILLIONS = {
     'emoji_autoencoder': 1.39,
     'emoji_text2image': 10.3,
     'fashion_mnist_autoencoder': 0.54,
-    'ldm_fashion_mnist': 3.18,
+    'ldm_fashion_mnist': 0.93,
     'ldm_imagenet256': 257.4,
     'stable_diffusion': 859.5,
 }
