@@ -49,6 +49,10 @@ CSS = """
 .dj-curve {margin-top: 10px; max-width: 100%}
 .dj-curve polyline {fill: none; stroke: #2166ac; stroke-width: 1.5} .dj-curve circle {fill: #2166ac}
 .dj-curve .now {fill: #b2182b} .dj-curve text {font-size: 11px; fill: var(--body-text-color)}
+.dj-map {max-width: 100%} .dj-map g {cursor: pointer} .dj-map text {font-size: 12px; fill: #222; pointer-events: none}
+.dj-map rect {stroke: #888} .dj-map .chosen rect {stroke: #b2182b; stroke-width: 3}
+.dj-map path {fill: none; stroke: #2166ac; stroke-width: 2} .dj-map .gone {stroke: #b2182b; stroke-dasharray: 4 5}
+.dj-map .skip {fill: var(--body-text-color)}
 .dj-footer {font-size: 12px; opacity: .8; font-variant-numeric: tabular-nums}
 footer {display: none !important}
 """
@@ -159,6 +163,7 @@ class Page:
 
             return generator
 
+        # Gradio reads the signature: a function that asks for the event's data is told of it.
         @functools.wraps(function)
         def plain(*args):
             try:
