@@ -162,9 +162,11 @@ def on_model(
     """
 
     def last(solver: str, steps: int):
+        x = None
         for call in walk(pipeline, num, solver=solver, steps=steps, spacing=spacing, **settings):
+            x = call.x
             yield None
-        return call.x
+        return x
 
     reference = yield from last(*REFERENCE)
     for solver in solvers:

@@ -50,6 +50,7 @@ def build(gr: Any, subject: Subject) -> Any:
         for name, item in items.items():
             page.selected(item, name)
         page.loaded(blocks, tabs)
+        page.wire_stops()
     return blocks
 
 

@@ -91,6 +91,7 @@ def drawing(blocks: Sequence[NetworkBlock], chosen: str, removed: Collection[int
             f'<text x="{x + 8}" y="{y + BLOCK / 2 + 4}">{html.escape(_label(block))}</text></g>'
         )
     return (
-        f'<svg class="dj-map" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" aria-label="map of the network">'
+        f'<svg class="dj-map" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" '
+        f'aria-label="map of the network">'
         f'{"".join(lines)}{"".join(boxes)}</svg>'
     )

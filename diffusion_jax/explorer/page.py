@@ -112,6 +112,7 @@ class Page:
         self.count = count_programs()
         self.footer: Any = None  # made first, shown last
         self.seconds_kept = SECONDS_KEPT
+        self._stops: list[tuple[Any, str, Any]] = []
 
     def code(self, name: str) -> Any:
         """Where the Python of what is shown stands."""
@@ -214,14 +215,13 @@ class Page:
 
     def stopped_by(self, button: Any, name: str, status: Any) -> None:
         """A button that ends what the tab is sampling, for the next in the queue."""
-        tab = self.tabs[name]
-        button.click(
-            lambda: pictures.note('stopped'),
-            outputs=[status],
-            cancels=tab.runs,
-            queue=False,
-            api_visibility='private',
-        )
+        self._stops.append((button, name, status))
+
+    def wire_stops(self) -> None:
+        """Called last: a button ends what began by whatever event, also by opening the tab or the page."""
+        how = {'queue': False, 'api_visibility': 'private', 'show_progress': 'hidden'}
+        for button, name, status in self._stops:
+            button.click(lambda: pictures.note('stopped'), None, [status], cancels=self.tabs[name].runs, **how)
 
     def selected(self, item: Any, name: str) -> None:
         """When the tab is opened: shown, unless it samples and has something to show already."""
@@ -279,8 +279,8 @@ class Page:
         kind = getattr(devices[0], 'device_kind', devices[0].platform)
         count = self.count()
         return (
-            f'<div class="dj-footer"><span id="compiled" data-count="{count}">{count} programs compiled or read from the '
-            f'cache since the start</span> &middot; {len(devices)} x {html.escape(kind)} &middot; '
+            f'<div class="dj-footer"><span id="compiled" data-count="{count}">{count} programs compiled or read from '
+            f'the cache since the start</span> &middot; {len(devices)} x {html.escape(kind)} &middot; '
             f'{html.escape(subject.name)}{step}</div>'
         )
 

@@ -367,7 +367,7 @@ class ClipTokenizer:
         return b''.join(pieces).decode(errors='replace').replace(WORD_END, ' ').strip()
 
     def pieces(self, text: str, length: int | None = None) -> list[str]:
-        """What each of a text's ids stands for, from its start to its end, without the padding: to put names to them."""
+        """What each of a text's ids stands for, from its start to its end and without the padding."""
         (ids,) = self(text, length, warn=False)
         end = 1 + int(np.argmax(ids[1:] == self.end_id))
         return [self._tokens[id].replace(WORD_END, '') for id in ids[: end + 1].tolist()]
