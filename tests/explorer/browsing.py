@@ -98,6 +98,23 @@ class Browser:
             value,
         )
 
+    def dragged(self, name: str, t: float) -> float:
+        """Seconds from a slider's move until the page has drawn what it says, by the page's own clock."""
+        return self.driver.execute_async_script(
+            """
+            const [name, t, done] = arguments;
+            const began = performance.now();
+            const check = () => document.querySelector('#t')?.textContent.startsWith(String(t))
+              ? done((performance.now() - began) / 1000) : requestAnimationFrame(check);
+            const slider = document.querySelector(`#${name} input[type=range]`);
+            slider.value = t;
+            slider.dispatchEvent(new Event('input', {bubbles: true}));
+            check();
+            """,
+            name,
+            t,
+        )
+
     def write(self, name: str, value: str) -> None:
         """Types into a number or a text, and leaves it."""
         field = self.all(f'#{name} input, #{name} textarea')[0]

@@ -41,7 +41,13 @@ def unlabelled(one_device, tmp_path_factory):
     from diffusion_jax.pipelines import ImagePipeline
 
     unet = models.UNet(
-        resolution=8, image_channels=3, channels=8, channel_multipliers=(1, 2), num_groups=4, rngs=nnx.Rngs(0)
+        resolution=8,
+        image_channels=3,
+        channels=8,
+        channel_multipliers=(1, 2),
+        attention_resolutions=(4,),
+        num_groups=4,
+        rngs=nnx.Rngs(0),
     )
     apply, params = models.split(unet)
     pipeline = ImagePipeline(apply, params, schedules.cosine(1000), 'v', (8, 8, 3), mesh=one_device)
