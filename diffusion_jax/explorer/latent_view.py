@@ -34,18 +34,21 @@ def view(subject: Subject, first: Any, second: Any, fraction: Any) -> tuple[str,
     between = np.asarray(to_uint8(np.asarray(space.between(latents, others, fraction))))
     ratios = [float(psnr(x[None], y)[0]) for x, y in ((image, back), (other, back_other))]
     shape = 'x'.join(map(str, latents.shape[1:]))
-    caption = 'a picture a channel; red +3, blue \u22123'
+    limit = float(np.abs(np.stack([latents, others])).max())
+    caption = f'a picture a channel; red +{limit:.2g}, blue \u2212{limit:.2g}'
     html = pictures.row(
         [
             Picture('latent_image', image, 'first image', subject.images.origin),
-            Picture('latent_channels', pictures.channels(latents[0], 3.0, MAX_CHANNELS), f'latents, {shape}', caption),
+            Picture(
+                'latent_channels', pictures.channels(latents[0], limit, MAX_CHANNELS), f'latents, {shape}', caption
+            ),
             Picture('latent_back', back[0], 'decoded again', f'{ratios[0]:.3g} dB'),
         ]
     )
     html += pictures.row(
         [
             Picture('latent_other', other, 'second image'),
-            Picture('latent_other_channels', pictures.channels(others[0], 3.0, MAX_CHANNELS), f'latents, {shape}'),
+            Picture('latent_other_channels', pictures.channels(others[0], limit, MAX_CHANNELS), f'latents, {shape}'),
             Picture('latent_other_back', back_other[0], 'decoded again', f'{ratios[1]:.3g} dB'),
         ]
     )

@@ -30,7 +30,8 @@ SECONDS_KEPT = 3600  # a session's trajectories, after it was last heard of
 CSS = """
 .dj-row {display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start}
 .dj-figure {margin: 0; position: relative}
-.dj-figure figcaption {font-weight: 600; margin-bottom: 4px}
+.dj-figure figcaption {font-weight: 600; margin-bottom: 4px; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap}
 .dj-figure img {image-rendering: pixelated; border: 1px solid var(--border-color-primary); display: block}
 .dj-figure a {font-size: 11px; opacity: .75; text-decoration: underline}
 .dj-figure p {font-size: 12px; margin: 0; opacity: .8}

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / 'tests' / 'explorer'))
 
-from browsing import Browser, start
+from browsing import Browser, start  # noqa: E402
 
 PORT = 7931
 ADDRESS = f'http://127.0.0.1:{PORT}/'

@@ -14,13 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / 'tests' / 'explorer'))
 
-import numpy as np
-from browsing import Browser, start
-from PIL import Image
+import numpy as np  # noqa: E402
+from browsing import Browser, start  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from diffusion_jax import explorer
-from diffusion_jax.compilation import use_cache
-from diffusion_jax.explorer import subject as subjects
+from diffusion_jax import explorer  # noqa: E402
+from diffusion_jax.compilation import use_cache  # noqa: E402
+from diffusion_jax.explorer import subject as subjects  # noqa: E402
 
 FOLDER = ROOT / 'docs' / 'explorer'
 LARGEST = 150_000  # bytes of a screenshot
@@ -61,7 +61,9 @@ def shot(browser: Browser, name: str, query: dict, wanted: str) -> None:
     pixels = np.asarray(picture)
     used = np.flatnonzero((pixels != 255).any(axis=(1, 2)))
     picture = picture.crop((0, 0, picture.width, min(int(used[-1]) + 16, picture.height)))
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.save(path, optimize=True)
+    if path.stat().st_size > LARGEST:  # then in fewer colours
+        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     size = path.stat().st_size
     print(f'{path.relative_to(ROOT)}: {size / 1000:.0f} kB')
     if size > LARGEST:
