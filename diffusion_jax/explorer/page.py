@@ -83,7 +83,7 @@ class Tab:
       controls: the settings' widgets by their names in the URL.
       show: (settings.., extra..) -> the outputs' values; a generator of them if it samples.
       extra: other inputs.
-      outputs: of `show`, of which the first `gr.HTML` takes messages.
+      outputs: of `show`; the first is a `gr.HTML`, which takes messages.
       drawn: the `gr.State` that tells that a sampling tab has something to show; None for the others.
       runs: events that a stop button ends.
     """
@@ -309,6 +309,13 @@ def _placed(parts: dict[str, Tab], name: str, values: Any) -> tuple[Any, ...]:
     return tuple(everything)
 
 
+def _said_in(tab: Tab, error: Exception) -> tuple[Any, ...]:
+    """A message in the place of a tab's first output."""
+    import gradio as gr
+
+    return (pictures.message(said(error)), *[gr.skip()] * (len(tab.outputs) - 1))
+
+
 def _view_of(parts: dict[str, Tab]):
     import gradio as gr
 
@@ -318,7 +325,7 @@ def _view_of(parts: dict[str, Tab]):
         try:
             shown = parts[name].show(*values[_slot(parts, name, 'inputs')])
         except (UsageError, SamplingDiverged) as error:
-            shown = (pictures.message(said(error)), *[gr.skip()] * (len(parts[name].outputs) - 1))
+            shown = _said_in(parts[name], error)
         return _placed(parts, name, shown)
 
     return first
@@ -331,8 +338,11 @@ def _first_of(parts: dict[str, Tab]):
         if name not in parts:
             yield (gr.skip(),) * sum(len(tab.outputs) for tab in parts.values())
             return
-        for shown in parts[name].show(*values[_slot(parts, name, 'inputs')]):
-            yield _placed(parts, name, shown)
+        try:
+            for shown in parts[name].show(*values[_slot(parts, name, 'inputs')]):
+                yield _placed(parts, name, shown)
+        except (UsageError, SamplingDiverged) as error:
+            yield _placed(parts, name, _said_in(parts[name], error))
 
     return first
 

@@ -272,7 +272,8 @@ def tab(page) -> None:
         def go_by(runs, moment, by=by):
             if not runs:
                 raise UsageError('nothing is drawn yet: press Draw.')
-            moment = min(max(int(moment) + by, 0), runs[0].num_calls)
+            moment = checks.whole('state', moment, 0, 2 * checks.MAX_STEPS)
+            moment = min(max(moment + by, 0), runs[0].num_calls)
             return (*view(subject, runs, moment), moment)
 
         page.on(button.click, go_by, [runs, moment], [figure, code, moment])

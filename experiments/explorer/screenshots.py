@@ -2,8 +2,8 @@
 
     python experiments/explorer/screenshots.py
 
-Needs the extras explorer and browser, and Debian's chromium and chromium-driver. The latents and the prompt are those of
-a tiny Stable Diffusion, untrained, that the tests have; give `--text_model=FOLDER` for one that draws something.
+Needs the extras explorer and browser, and Debian's chromium and chromium-driver. The latents and the prompt are of a
+tiny Stable Diffusion, untrained, that the tests have; `--text_model=FOLDER` takes one that draws something.
 """
 
 import argparse

@@ -69,6 +69,7 @@ def test_fidelity_and_diversity_are_what_they_say():
     [
         ({'num': 17}, 'images must be from 1 to 16'),
         ({'num': 0}, 'images must be from 1'),
+        ({'num': 16, 'steps': 100}, 'images times steps must be at most 800'),
         ({'scale': 16}, 'guidance scale must be from 0 to 15'),
         ({'low': 5.0, 'high': -5.0}, 'low < high'),
         ({'high': float('inf')}, 'to must be a number'),

@@ -254,6 +254,30 @@ def test_a_run_that_is_stopped_frees_the_server(browser, monkeypatch):
     assert len(made) == stopped_at + 6
 
 
+def test_who_goes_away_stops_the_run(address, monkeypatch):
+    made = []
+    advance = stepwise._advance
+
+    def slow(*args, **kwargs):
+        made.append(1)
+        time.sleep(0.15)
+        return advance(*args, **kwargs)
+
+    monkeypatch.setattr(stepwise, '_advance', slow)
+    client = Client(address)
+    client.join('reverse-draw', 'click', [*REVERSE[:5], 100, 0])
+    messages = client.messages()
+    while len(made) < 3:
+        next(messages)
+    messages.close()  # and the connection with it
+    for _ in range(40):
+        before = len(made)
+        time.sleep(1)
+        if len(made) == before:
+            break
+    assert len(made) < 90
+
+
 def test_one_sampler_at_a_time_and_light_requests_are_not_kept_waiting(address, monkeypatch):
     running, most = [0], [0]
     advance = stepwise._advance
@@ -283,6 +307,12 @@ def test_one_sampler_at_a_time_and_light_requests_are_not_kept_waiting(address, 
     assert len(results) == 3
     assert all(result['success'] for result in results)
     assert most[0] == 1
+
+
+def test_what_fails_at_the_first_view_is_said_in_its_own_tab(browser):
+    browser.open(tab='guidance', low='5', high='-5')
+    message = browser.until(lambda: browser.text('#guidance-message .dj-message'))
+    assert 'low < high' in message
 
 
 def test_a_broken_model_says_so_on_the_page(driver, tmp_path):
