@@ -168,6 +168,7 @@ def _completed(argv: list[str]) -> list[str]:
 
 def _parse(argv: list[str]) -> list[str]:
     argv = _completed(argv)
+    sys.argv = argv  # where ml_collections looks for the keys of the config that are set
     if not any(arg.lstrip('-').split('=')[0] in ('help', 'helpfull', 'helpshort') for arg in argv[1:]):
         _check(argv)
     try:

@@ -23,7 +23,7 @@ def test_help_shows_the_modes_and_an_example():
     status, output = run('--help')
     assert status in (0, 1)  # absl's own choice
     for word in (
-        'train, sample, generate, evaluate, export',
+        'train, sample, generate, evaluate, export, explore',
         '--mode',
         '--workdir',
         'python main.py --config=configs/digits.py',
@@ -94,6 +94,29 @@ def test_to_generate_by_a_model_that_is_there_needs_neither_config_nor_workdir(m
     assert sys.modules['absl.flags'].FLAGS.workdir == 'x'
     with pytest.raises(UsageError, match='--config is missing'):
         parse(['--mode=generate'], monkeypatch)
+
+
+def test_to_explore_needs_nothing_and_takes_what_there_is(monkeypatch):
+    monkeypatch.chdir(TINY.parent.parent.parent)
+    parse(['--mode=explore'], monkeypatch)
+    values = sys.modules['absl.flags'].FLAGS
+    assert values.config.init_from == 'pretrained:fashion_mnist'
+    assert values.workdir == 'runs/pretrained_fashion_mnist'
+    parse(['--mode=explore', '--config.init_from=pretrained:digits'], monkeypatch)
+    assert sys.modules['absl.flags'].FLAGS.config.data.name == 'digits'
+    parse(['--mode=explore', '--config.init_from=somewhere'], monkeypatch)
+    values = sys.modules['absl.flags'].FLAGS
+    assert (values.config.init_from, values.workdir) == ('somewhere', 'runs/explored')
+    parse(['--mode=explore', '--config=configs/digits.py', '--workdir=x'], monkeypatch)
+    assert sys.modules['absl.flags'].FLAGS.config.init_from is None
+    with pytest.raises(UsageError, match='--config is missing'):
+        parse(['--mode=explore', '--workdir=x'], monkeypatch)
+
+
+@pytest.mark.parametrize('server', [{'port': 80}, {'share': True}])
+def test_port_and_share_are_for_exploring(server):
+    with pytest.raises(UsageError, match='go with --mode=explore, not sample'):
+        command_line.start('sample', load_config(), 'x', **server)
 
 
 @pytest.mark.parametrize('texts', [{'prompts': ['a']}, {'negative_prompt': 'a'}, {'num': 1}])

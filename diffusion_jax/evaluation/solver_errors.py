@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy import stats
 
 from diffusion_jax import oracles, samplers
 from diffusion_jax.errors import UsageError
@@ -66,6 +65,8 @@ def plan_within(solver: str, schedule: Schedule, calls: int, spacing: str) -> tu
 
 def distance(samples: Float[np.ndarray, 'N 2'], truth: Float[np.ndarray, 'M 2']) -> float:
     """The largest Kolmogorov-Smirnov statistic over four projections; 0 for the same points."""
+    from scipy import stats  # half a second, which a page that opens need not wait for
+
     return float(max(stats.ks_2samp(samples @ d, truth @ d).statistic for d in DIRECTIONS))
 
 
@@ -162,9 +163,11 @@ def on_model(
     """
 
     def last(solver: str, steps: int):
+        x = None
         for call in walk(pipeline, num, solver=solver, steps=steps, spacing=spacing, **settings):
+            x = call.x
             yield None
-        return call.x
+        return x
 
     reference = yield from last(*REFERENCE)
     for solver in solvers:

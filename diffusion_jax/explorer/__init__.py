@@ -41,7 +41,7 @@ def build(subject: Subject | Exception | None = None) -> Any:
     """The page of a model as `gradio.Blocks`, not yet served.
 
     Args:
-      subject: the model; the one that ships by default. An exception: what kept it from being read, which the page says.
+      subject: the model; the one that ships by default. Or what kept it from being read, which the page then says.
 
     Raises:
       UsageError: Gradio is not installed.
@@ -124,7 +124,7 @@ def launch(
 
 
 def explore(config: Any, workdir: str | Path, port: int = PORT, share: bool = False) -> None:
-    """`--mode=explore`: the page of a config's run, or of its `init_from`. A model that cannot be read is said there."""
+    """`--mode=explore`: the page of a config's run, or of its `init_from`; it says so if the model cannot be read."""
     import logging
 
     from diffusion_jax.compilation import use_cache

@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from diffusion_jax.explorer import forward, guidance_grid, pictures, reverse, schedule_plot, solver_plot
+from diffusion_jax.explorer import (
+    forward,
+    guidance_grid,
+    latent_view,
+    network,
+    pictures,
+    prompt,
+    reverse,
+    schedule_plot,
+    solver_plot,
+)
 from diffusion_jax.explorer.page import SECONDS_KEPT, Page
 from diffusion_jax.explorer.subject import Subject, settings_of
 
@@ -16,8 +26,11 @@ def tabs_of(subject: Subject) -> dict[str, Any]:
         'forward': (forward, True),
         'reverse': (reverse, True),
         'schedules': (schedule_plot, True),
+        'network': (network, network.has_map(subject)),
         'guidance': (guidance_grid, has['guided']),
         'samplers': (solver_plot, True),
+        'latents': (latent_view, has['latents']),
+        'prompt': (prompt, has['text']),
     }
     return {name: module for name, (module, wanted) in everything.items() if wanted}
 
@@ -37,6 +50,7 @@ def build(gr: Any, subject: Subject) -> Any:
         for name, item in items.items():
             page.selected(item, name)
         page.loaded(blocks, tabs)
+        page.wire_stops()
     return blocks
 
 

@@ -38,7 +38,8 @@ def curve(
     now = '<circle class="now" cx="{:.1f}" cy="{:.1f}" r="6"/>'.format(*place(at, height(at)))
     floor = HEIGHT - BOTTOM + 4
     return (
-        f'<svg class="dj-curve" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{html.escape(title)}">'
+        f'<svg class="dj-curve" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
+        f'aria-label="{html.escape(title)}">'
         f'<polyline points="{points}"/>{dots}{now}'
         f'<text x="{LEFT - 6}" y="14" text-anchor="end">{high:.3g}</text>'
         f'<text x="{LEFT - 6}" y="{floor - 2}" text-anchor="end">{low:.3g}</text>'

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from diffusion_jax.errors import UsageError
 from diffusion_jax.evaluation.class_agreement import mean_distance, share_read_as
 from diffusion_jax.explorer import asking, calls, checks, pictures
 from diffusion_jax.explorer.pictures import Picture, formatted
@@ -20,6 +21,7 @@ TITLE = 'Guidance'
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)
 """Rows that are always there; the dragged scale has one more."""
 RANGE = 30.0  # of the interval's ends, in log-SNR: beyond what any schedule has
+MAX_WORK = 800  # images times steps of a row: one visitor shall not keep the others waiting for long
 KEPT = 40  # rows a session keeps
 PANELS = ('read as the label asked for', 'mean distance between features')
 
@@ -48,11 +50,16 @@ def settings_of(
     """(number of images, keyword arguments of the pipeline but the scale), or a `UsageError`."""
     settings = {name: value for name, value in asking.settings(subject, asked).items() if name != 'guidance_scale'}
     interval = (checks.number('from', low, -RANGE, RANGE), checks.number('to', high, -RANGE, RANGE))
-    return checks.whole('images', num, 1, checks.MAX_IMAGES), {
+    num = checks.whole('images', num, 1, checks.MAX_IMAGES)
+    if num * checks.whole('steps', steps, 1, checks.MAX_STEPS) > MAX_WORK:
+        raise UsageError(
+            f'images times steps must be at most {MAX_WORK}, got {num} x {steps}: every row draws as many.'
+        )
+    return num, {
         **settings,
         'seed': checks.whole('seed', seed, 0, checks.MAX_SEED),
         'solver': checks.choice('solver', solver, SOLVERS),
-        'steps': checks.whole('steps', steps, 1, checks.MAX_STEPS),
+        'steps': int(steps),
         'guidance_interval': interval,
         'guidance_rescale': checks.number('rescale', rescale, 0.0, 1.0),
     }

@@ -30,7 +30,8 @@ SECONDS_KEPT = 3600  # a session's trajectories, after it was last heard of
 CSS = """
 .dj-row {display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start}
 .dj-figure {margin: 0; position: relative}
-.dj-figure figcaption {font-weight: 600; margin-bottom: 4px}
+.dj-figure figcaption {font-weight: 600; margin-bottom: 4px; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap}
 .dj-figure img {image-rendering: pixelated; border: 1px solid var(--border-color-primary); display: block}
 .dj-figure a {font-size: 11px; opacity: .75; text-decoration: underline}
 .dj-figure p {font-size: 12px; margin: 0; opacity: .8}
@@ -49,6 +50,10 @@ CSS = """
 .dj-curve {margin-top: 10px; max-width: 100%}
 .dj-curve polyline {fill: none; stroke: #2166ac; stroke-width: 1.5} .dj-curve circle {fill: #2166ac}
 .dj-curve .now {fill: #b2182b} .dj-curve text {font-size: 11px; fill: var(--body-text-color)}
+.dj-map {max-width: 100%} .dj-map g {cursor: pointer} .dj-map text {font-size: 12px; fill: #222; pointer-events: none}
+.dj-map rect {stroke: #888} .dj-map .chosen rect {stroke: #b2182b; stroke-width: 3}
+.dj-map path {fill: none; stroke: #2166ac; stroke-width: 2} .dj-map .gone {stroke: #b2182b; stroke-dasharray: 4 5}
+.dj-map .skip {fill: var(--body-text-color)}
 .dj-footer {font-size: 12px; opacity: .8; font-variant-numeric: tabular-nums}
 footer {display: none !important}
 """
@@ -78,7 +83,7 @@ class Tab:
       controls: the settings' widgets by their names in the URL.
       show: (settings.., extra..) -> the outputs' values; a generator of them if it samples.
       extra: other inputs.
-      outputs: of `show`, of which the first `gr.HTML` takes messages.
+      outputs: of `show`; the first is a `gr.HTML`, which takes messages.
       drawn: the `gr.State` that tells that a sampling tab has something to show; None for the others.
       runs: events that a stop button ends.
     """
@@ -108,6 +113,7 @@ class Page:
         self.count = count_programs()
         self.footer: Any = None  # made first, shown last
         self.seconds_kept = SECONDS_KEPT
+        self._stops: list[tuple[Any, str, Any]] = []
 
     def code(self, name: str) -> Any:
         """Where the Python of what is shown stands."""
@@ -159,6 +165,7 @@ class Page:
 
             return generator
 
+        # Gradio reads the signature: a function that asks for the event's data is told of it.
         @functools.wraps(function)
         def plain(*args):
             try:
@@ -209,14 +216,13 @@ class Page:
 
     def stopped_by(self, button: Any, name: str, status: Any) -> None:
         """A button that ends what the tab is sampling, for the next in the queue."""
-        tab = self.tabs[name]
-        button.click(
-            lambda: pictures.note('stopped'),
-            outputs=[status],
-            cancels=tab.runs,
-            queue=False,
-            api_visibility='private',
-        )
+        self._stops.append((button, name, status))
+
+    def wire_stops(self) -> None:
+        """Called last: a button ends what began by whatever event, also by opening the tab or the page."""
+        how = {'queue': False, 'api_visibility': 'private', 'show_progress': 'hidden'}
+        for button, name, status in self._stops:
+            button.click(lambda: pictures.note('stopped'), None, [status], cancels=self.tabs[name].runs, **how)
 
     def selected(self, item: Any, name: str) -> None:
         """When the tab is opened: shown, unless it samples and has something to show already."""
@@ -274,8 +280,8 @@ class Page:
         kind = getattr(devices[0], 'device_kind', devices[0].platform)
         count = self.count()
         return (
-            f'<div class="dj-footer"><span id="compiled" data-count="{count}">{count} programs compiled or read from the '
-            f'cache since the start</span> &middot; {len(devices)} x {html.escape(kind)} &middot; '
+            f'<div class="dj-footer"><span id="compiled" data-count="{count}">{count} programs compiled or read from '
+            f'the cache since the start</span> &middot; {len(devices)} x {html.escape(kind)} &middot; '
             f'{html.escape(subject.name)}{step}</div>'
         )
 
@@ -303,6 +309,13 @@ def _placed(parts: dict[str, Tab], name: str, values: Any) -> tuple[Any, ...]:
     return tuple(everything)
 
 
+def _said_in(tab: Tab, error: Exception) -> tuple[Any, ...]:
+    """A message in the place of a tab's first output."""
+    import gradio as gr
+
+    return (pictures.message(said(error)), *[gr.skip()] * (len(tab.outputs) - 1))
+
+
 def _view_of(parts: dict[str, Tab]):
     import gradio as gr
 
@@ -312,7 +325,7 @@ def _view_of(parts: dict[str, Tab]):
         try:
             shown = parts[name].show(*values[_slot(parts, name, 'inputs')])
         except (UsageError, SamplingDiverged) as error:
-            shown = (pictures.message(said(error)), *[gr.skip()] * (len(parts[name].outputs) - 1))
+            shown = _said_in(parts[name], error)
         return _placed(parts, name, shown)
 
     return first
@@ -325,8 +338,11 @@ def _first_of(parts: dict[str, Tab]):
         if name not in parts:
             yield (gr.skip(),) * sum(len(tab.outputs) for tab in parts.values())
             return
-        for shown in parts[name].show(*values[_slot(parts, name, 'inputs')]):
-            yield _placed(parts, name, shown)
+        try:
+            for shown in parts[name].show(*values[_slot(parts, name, 'inputs')]):
+                yield _placed(parts, name, shown)
+        except (UsageError, SamplingDiverged) as error:
+            yield _placed(parts, name, _said_in(parts[name], error))
 
     return first
 

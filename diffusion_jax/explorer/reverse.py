@@ -13,7 +13,7 @@ from diffusion_jax.explorer import asking, calls, checks, curves, pictures
 from diffusion_jax.explorer.pictures import Picture, formatted
 from diffusion_jax.explorer.subject import Subject
 from diffusion_jax.pipelines.stepwise import Call, walk
-from diffusion_jax.samplers import DESCRIPTIONS, SOLVERS
+from diffusion_jax.samplers import SOLVERS
 from diffusion_jax.schedules import levels
 
 TITLE = 'Reverse'
@@ -222,12 +222,11 @@ def tab(page) -> None:
 
     subject = page.subject
     runs = gr.State(None, time_to_live=page.seconds_kept)
-    solvers = [(f'{name}: {DESCRIPTIONS[name].use}', name) for name in SOLVERS]
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             asked = asking.widgets(subject, 'reverse')
             seed = gr.Number(0, precision=0, label='seed', elem_id='reverse-seed')
-            solver = gr.Dropdown(solvers, value='ddim', label='solver', elem_id='reverse-solver')
+            solver = gr.Dropdown(list(SOLVERS), value='ddim', label='solver', elem_id='reverse-solver')
             other = gr.Dropdown([NONE, *SOLVERS], value=NONE, label='second solver, from the same noise')
             steps = gr.Slider(1, checks.MAX_STEPS, value=20, step=1, label='steps', elem_id='reverse-steps')
             with gr.Row():
@@ -273,7 +272,8 @@ def tab(page) -> None:
         def go_by(runs, moment, by=by):
             if not runs:
                 raise UsageError('nothing is drawn yet: press Draw.')
-            moment = min(max(int(moment) + by, 0), runs[0].num_calls)
+            moment = checks.whole('state', moment, 0, 2 * checks.MAX_STEPS)
+            moment = min(max(moment + by, 0), runs[0].num_calls)
             return (*view(subject, runs, moment), moment)
 
         page.on(button.click, go_by, [runs, moment], [figure, code, moment])

@@ -23,7 +23,7 @@ MODEL_IMAGES = 4
 MOST_SOLVERS = 6
 NUM = 2000
 PATHS = 24  # trajectories that are drawn
-EXTENT = 1.8
+EXTENT = 2.2
 GRID = np.linspace(-EXTENT, EXTENT, 81)
 SPACINGS = tuple(sorted(TIME_SPACINGS))
 """Those that fit every schedule."""
@@ -102,9 +102,10 @@ def paths(choice, names: list[str], spacing: str, steps: int, seed: int) -> dict
         traces.append(points(0, x, y, name, mode='lines', line={'color': colour, 'width': 1}, legend=False))
         end = {'color': colour, 'size': 6}
         traces.append(points(0, states[-1, :, 0], states[-1, :, 1], name, mode='markers', marker=end))
-    layout = panels((f'{PATHS} samples on their way, over the density of the data',), '', columns=1, height=480)
-    layout['xaxis'] |= {'range': [-2 * EXTENT, 2 * EXTENT], 'scaleanchor': 'y'}
-    layout['yaxis'] |= {'range': [-EXTENT, EXTENT]}
+    layout = panels((f'{PATHS} samples on their way, over the density of the data',), '', columns=1, height=560)
+    layout['xaxis'] |= {'range': [-EXTENT, EXTENT], 'constrain': 'domain', 'scaleanchor': 'y'}
+    layout['yaxis'] |= {'range': [-EXTENT, EXTENT], 'constrain': 'domain'}
+    layout['legend'] = {'x': 1.0, 'y': 1.0}
     return {'data': traces, 'layout': layout}
 
 
@@ -187,7 +188,7 @@ def tab(page) -> None:
             plot = gr.Plot(show_label=False, elem_id='samplers-quality')
             drawn = gr.Plot(show_label=False, elem_id='samplers-paths')
             said_of_model = gr.HTML(elem_id='samplers-model-message')
-            of_model = gr.Plot(show_label=False, elem_id='samplers-on-model')
+            of_model = gr.Plot(show_label=False, visible=False, elem_id='samplers-on-model')
             code = page.code('samplers')
 
     def measured(solvers, schedule, spacing, steps, seed, *rest):
@@ -202,7 +203,7 @@ def tab(page) -> None:
     def measured_on_model(solvers, spacing, seed, *conditions):
         conditions = dict(zip(asked, conditions, strict=True))
         for message, quality in show_on_model(subject, conditions, solvers, spacing, seed):
-            yield message, gr.skip() if quality is None else page.plotted(quality)
+            yield message, gr.skip() if quality is None else gr.Plot(page.plotted(quality), visible=True)
 
     inputs = [solvers, spacing, seed, *asked.values()]
     event = page.on(model.click, measured_on_model, inputs, [said_of_model, of_model], samples=True)

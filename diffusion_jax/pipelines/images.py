@@ -537,7 +537,10 @@ class ImagePipeline:
         """
         wanted = self.check(num, labels, None, num)
         texts, _ = self.check_texts(num, prompts, None, None)
-        return self._condition(np.arange(num), wanted, texts, None, self.image_shape[:2], False)[0]
+        shards = num_batch_shards(self.mesh)
+        rows = np.arange(-(-num // shards) * shards)
+        conditioning, _ = self._condition(rows, wanted, texts, None, self.image_shape[:2], False)
+        return jax.tree.map(lambda leaf: put(fetch(leaf)[:num], replicated(self.mesh)), conditioning)
 
     @property
     def learned_variance(self) -> bool:

@@ -54,6 +54,12 @@ class LatentSpace:
         """x0 -> images, mostly in [-1, 1]."""
         return _decode(self.params, x0, self.scale, self.shift, decoder=self.decoder)
 
+    def between(
+        self, first: Float[Array, 'B h w c'], second: Float[Array, 'B h w c'], fraction: float
+    ) -> Float[Array, 'B H W C']:
+        """Images on the straight line between two latents: 0 gives the first, 1 the second, decoded."""
+        return self.decode(first + fraction * (second - first))
+
     def wholly(self, mask: Float[Array, 'B H W 1']) -> Float[Array, 'B h w 1']:
         """1 for latents all of whose pixels are 1: what lies at an edge is filled in."""
         batch, height, width, _ = mask.shape

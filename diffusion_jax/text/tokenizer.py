@@ -376,6 +376,12 @@ class ClipTokenizer:
                 pieces.append(bytes(_BYTES[symbol] for symbol in token) if known else _well_formed(token).encode())
         return b''.join(pieces).decode(errors='replace').replace(WORD_END, ' ').strip()
 
+    def pieces(self, text: str, length: int | None = None) -> list[str]:
+        """What each of a text's ids stands for, from its start to its end and without the padding."""
+        (ids,) = self(text, length, warn=False)
+        end = 1 + int(np.argmax(ids[1:] == self.end_id))
+        return [self._tokens[id].replace(WORD_END, '') for id in ids[: end + 1].tolist()]
+
     def save(self, folder: str | Path) -> None:
         """Writes vocab.json, merges.txt, special_tokens_map.json and tokenizer_config.json, for `from_folder`.
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -96,6 +97,42 @@ class Browser:
             "for (const name of ['input', 'change', 'pointerup']) e.dispatchEvent(new Event(name, {bubbles: true}))",
             f'#{name} input[type=range]',
             value,
+        )
+
+    def drag(self, name: str, value: float) -> None:
+        """Takes a slider's knob with the mouse, moves it and lets go; the keys do the last bit."""
+        knob = self.all(f'#{name} input[type=range]')[0]
+        self.js('arguments[0].scrollIntoView({block: "center"})', knob)
+        low, high, step, now = (float(knob.get_attribute(key) or 1) for key in ('min', 'max', 'step', 'value'))
+        width = knob.size['width'] - 16
+
+        def place(at):
+            return round((at - low) / (high - low) * width - width / 2)
+
+        actions = ActionChains(self.driver).move_to_element_with_offset(knob, place(now), 0).click_and_hold()
+        actions.move_to_element_with_offset(knob, place(value), 0).release().perform()
+        for _ in range(200):
+            found = float(knob.get_attribute('value'))
+            if abs(found - value) < step / 2:
+                break
+            knob.send_keys(Keys.ARROW_RIGHT if found < value else Keys.ARROW_LEFT)
+        self.js("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", knob)
+
+    def dragged(self, name: str, t: float) -> float:
+        """Seconds from a slider's move until the page has drawn what it says, by the page's own clock."""
+        return self.driver.execute_async_script(
+            """
+            const [name, t, done] = arguments;
+            const began = performance.now();
+            const check = () => document.querySelector('#t')?.textContent.startsWith(String(t))
+              ? done((performance.now() - began) / 1000) : requestAnimationFrame(check);
+            const slider = document.querySelector(`#${name} input[type=range]`);
+            slider.value = t;
+            slider.dispatchEvent(new Event('input', {bubbles: true}));
+            check();
+            """,
+            name,
+            t,
         )
 
     def write(self, name: str, value: str) -> None:

@@ -1,5 +1,7 @@
 """One server and one browser for all tests of the explorer that need them, and the subjects that all look into."""
 
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -19,6 +21,37 @@ def digits(one_device):
     from dataclasses import replace
 
     return replace(subjects.shipped('digits'), pipeline=pretrained('digits', one_device))
+
+
+@pytest.fixture(scope='session')
+def stable(one_device):
+    """A tiny Stable Diffusion: texts and latents, with no real images at hand."""
+    from diffusion_jax.interop.load import load
+
+    folder = Path(__file__).parent.parent / 'fixtures' / 'interop' / 'sd1'
+    return subjects.given(load(folder, mesh=one_device), 'tiny')
+
+
+@pytest.fixture(scope='session')
+def unlabelled(one_device, tmp_path_factory):
+    """An untrained U-Net of three channels, with neither labels nor texts."""
+    from flax import nnx
+
+    from diffusion_jax import models, schedules
+    from diffusion_jax.pipelines import ImagePipeline
+
+    unet = models.UNet(
+        resolution=8,
+        image_channels=3,
+        channels=8,
+        channel_multipliers=(1, 2),
+        attention_resolutions=(4,),
+        num_groups=4,
+        rngs=nnx.Rngs(0),
+    )
+    apply, params = models.split(unet)
+    pipeline = ImagePipeline(apply, params, schedules.cosine(1000), 'v', (8, 8, 3), mesh=one_device)
+    return subjects.given(pipeline, 'untrained')
 
 
 def serve(subject):

@@ -33,8 +33,9 @@ def text_of(shown: str, name: str) -> str:
     return html.unescape(re.sub(r'<[^>]+>', '', inner)).replace('\u2212', '-').strip()
 
 
-def executed(call: str) -> dict:
-    """The names that a page's Python leaves."""
-    names: dict = {}
+def executed(call: str, pipeline=None) -> dict:
+    """The names that a page's Python leaves; `pipeline` is put in where the page says that it was given."""
+    names: dict = {'_given': pipeline}
+    call = call.replace('pipeline = ...', 'pipeline = _given')
     exec(compile(call, 'the Python of the page', 'exec'), names)
     return names
