@@ -4,8 +4,8 @@
     python main.py --config=configs/fashion_mnist_autoencoder.py --workdir=runs/fashion_mnist_autoencoder --mode=export
     python main.py --config=configs/ldm_fashion_mnist.py --workdir=runs/ldm_fashion_mnist
 
-0.93 M parameters. Not trained in full by this project yet: experiments/latents has this network after 300 and 600 steps,
-beside others on pixels.
+0.93 M parameters. Not trained in full by this project yet: experiments/latents has this network after 300 and 600
+steps, beside others on pixels.
 """
 
 from diffusion_jax.config import default_config
