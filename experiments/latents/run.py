@@ -41,7 +41,7 @@ LEVELS = {
 """The networks: pixels at 28, 14 and 7 positions a side; patches at 14 and 7; latents at 7."""
 
 
-DEFAULT = ('latents of 4x4:300,600', 'patches of 2x2:300,600', 'pixels:100')
+DEFAULT = ('latents of 4x4:300,600', 'patches of 2x2:300,600', 'pixels:150')
 
 
 def changes_of(kind: str, autoencoder: Path, runs: Path) -> dict:
