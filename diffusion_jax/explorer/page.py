@@ -113,6 +113,7 @@ class Page:
         self.count = count_programs()
         self.footer: Any = None  # made first, shown last
         self.seconds_kept = SECONDS_KEPT
+        self.opened: Any = None  # a `gr.State`: the tab that the page was opened with, '' until that is known
         self._stops: list[tuple[Any, str, Any]] = []
 
     def code(self, name: str) -> Any:
@@ -233,6 +234,8 @@ class Page:
             event['inputs'] = [*tab.inputs, tab.drawn]
             tab.runs.append(item.select(**event))
         else:
+            event['fn'] = self.guarded(functools.partial(_once_opened, tab), tab.outputs)
+            event['inputs'] = [*tab.inputs, self.opened]
             item.select(**event)
 
     # --- the view in the URL ------------------------------------------------------------------------------------------
@@ -251,25 +254,24 @@ class Page:
         """What happens when a browser opens the page: the query's view, and of another none."""
         import gradio as gr
 
-        name_of_view = gr.State('')
         query = gr.Textbox(visible=False)
         widgets = [widget for tab in self.tabs.values() for widget in tab.controls.values()]
 
         def read(query):
             name, values = self.restore(query_of(query))
             updates = {widget: gr.update(value=value) for widget, value in values.items()}
-            return {tabs: gr.Tabs(selected=name), name_of_view: name, **updates}
+            return {tabs: gr.Tabs(selected=name), self.opened: name, **updates}
 
         how = {'queue': False, 'api_visibility': 'private', 'show_progress': 'hidden'}
         js = '() => [window.djQuery]'
-        start = blocks.load(read, [query], [tabs, name_of_view, *widgets], js=js, **how)
+        start = blocks.load(read, [query], [tabs, self.opened, *widgets], js=js, **how)
         start.then(None, None, None, js='() => { window.djRead = true; }', **how)
         for samples in (False, True):
             parts = {name: tab for name, tab in self.tabs.items() if tab.samples == samples}
             inputs = [widget for tab in parts.values() for widget in tab.inputs]
             outputs = [widget for tab in parts.values() for widget in tab.outputs]
             first = _first_of(parts) if samples else _view_of(parts)
-            event = start.then(**self._event(first, [name_of_view, *inputs], outputs, samples))
+            event = start.then(**self._event(first, [self.opened, *inputs], outputs, samples))
             if samples:
                 for tab in parts.values():
                     tab.runs.append(event)
@@ -363,6 +365,14 @@ def query_of(text: Any) -> dict[str, str]:
         return dict(parse_qsl(text[:MAX_QUERY].removeprefix('?'), max_num_fields=MAX_FIELDS))
     except (TypeError, ValueError):
         return {}
+
+
+def _once_opened(tab: Tab, *values: Any) -> Any:
+    """The tab's view, but nothing before the page has read its query: a browser selects the first tab as it opens."""
+    import gradio as gr
+
+    *values, opened = values
+    return tab.show(*values) if opened else (gr.skip(),) * len(tab.outputs)
 
 
 def said(error: Exception) -> str:
