@@ -41,6 +41,7 @@ def build(gr: Any, subject: Subject) -> Any:
         title=f'{TITLE}: {subject.name}', analytics_enabled=False, delete_cache=(600, SECONDS_KEPT)
     ) as blocks:
         page.footer = gr.HTML(page.footer_text(), render=False, elem_id='footer')
+        page.ready = gr.Textbox(visible=False)
         items = {}
         with gr.Tabs() as tabs:
             for name, module in tabs_of(subject).items():

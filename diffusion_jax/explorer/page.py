@@ -113,6 +113,7 @@ class Page:
         self.count = count_programs()
         self.footer: Any = None  # made first, shown last
         self.seconds_kept = SECONDS_KEPT
+        self.ready: Any = None  # hidden: 'yes' once the view of the query is drawn
         self._stops: list[tuple[Any, str, Any]] = []
 
     def code(self, name: str) -> Any:
@@ -225,15 +226,17 @@ class Page:
             button.click(lambda: pictures.note('stopped'), None, [status], cancels=self.tabs[name].runs, **how)
 
     def selected(self, item: Any, name: str) -> None:
-        """When the tab is opened: shown, unless it samples and has something to show already."""
+        """When the tab is opened by hand: shown, unless it samples and has something to show already."""
         tab = self.tabs[name]
         event = self.shows(name)
+        shown = functools.partial(_unless_drawn if tab.samples else _once_ready, tab)
+        event['fn'] = self.guarded(shown, tab.outputs)
+        event['inputs'] = [*tab.inputs, *([tab.drawn] if tab.samples else []), self.ready]
+        # A browser selects the first tab as it opens, when what the query says is not there yet.
+        event['js'] = f"(...values) => [...({self._url(name)})(...values.slice(0, -1)), window.djRead ? 'yes' : '']"
+        selection = item.select(**event)
         if tab.samples:
-            event['fn'] = self.guarded(functools.partial(_unless_drawn, tab), tab.outputs)
-            event['inputs'] = [*tab.inputs, tab.drawn]
-            tab.runs.append(item.select(**event))
-        else:
-            item.select(**event)
+            tab.runs.append(selection)
 
     # --- the view in the URL ------------------------------------------------------------------------------------------
 
@@ -248,31 +251,35 @@ class Page:
         return name, values
 
     def loaded(self, blocks: Any, tabs: Any) -> None:
-        """What happens when a browser opens the page: the query's view, and of another none."""
+        """What happens when a browser opens the page: the view of its query, or that of the first tab.
+
+        It is drawn from the query itself: the widgets may not have heard of it yet.
+        """
         import gradio as gr
 
-        name_of_view = gr.State('')
         query = gr.Textbox(visible=False)
+        view = gr.State(None)  # (tab, its settings)
         widgets = [widget for tab in self.tabs.values() for widget in tab.controls.values()]
 
         def read(query):
             name, values = self.restore(query_of(query))
             updates = {widget: gr.update(value=value) for widget, value in values.items()}
-            return {tabs: gr.Tabs(selected=name), name_of_view: name, **updates}
+            settings = [values.get(widget, widget.value) for widget in self.tabs[name].controls.values()]
+            return {tabs: gr.Tabs(selected=name), view: (name, settings), **updates}
 
         how = {'queue': False, 'api_visibility': 'private', 'show_progress': 'hidden'}
         js = '() => [window.djQuery]'
-        start = blocks.load(read, [query], [tabs, name_of_view, *widgets], js=js, **how)
-        start.then(None, None, None, js='() => { window.djRead = true; }', **how)
+        start = blocks.load(read, [query], [tabs, view, *widgets], js=js, **how)
         for samples in (False, True):
             parts = {name: tab for name, tab in self.tabs.items() if tab.samples == samples}
-            inputs = [widget for tab in parts.values() for widget in tab.inputs]
             outputs = [widget for tab in parts.values() for widget in tab.outputs]
             first = _first_of(parts) if samples else _view_of(parts)
-            event = start.then(**self._event(first, [name_of_view, *inputs], outputs, samples))
+            event = start.then(**self._event(first, [view], outputs, samples))
             if samples:
                 for tab in parts.values():
                     tab.runs.append(event)
+            else:
+                event.then(None, None, None, js='() => { window.djRead = true; }', **how)
 
     def footer_text(self) -> str:
         subject, devices = self.subject, jax.local_devices()
@@ -290,11 +297,11 @@ MAX_QUERY = 4000
 MAX_FIELDS = 40
 
 
-def _slot(parts: dict[str, Tab], name: str, what: str) -> slice:
-    """Where a tab's inputs or outputs stand among those of all parts."""
+def _slot(parts: dict[str, Tab], name: str) -> slice:
+    """Where a tab's outputs stand among those of all parts."""
     start = 0
     for key, tab in parts.items():
-        size = len(getattr(tab, what))
+        size = len(tab.outputs)
         if key == name:
             return slice(start, start + size)
         start += size
@@ -305,7 +312,7 @@ def _placed(parts: dict[str, Tab], name: str, values: Any) -> tuple[Any, ...]:
     import gradio as gr
 
     everything = [gr.skip()] * sum(len(tab.outputs) for tab in parts.values())
-    everything[_slot(parts, name, 'outputs')] = values if isinstance(values, tuple) else [values]
+    everything[_slot(parts, name)] = values if isinstance(values, tuple) else [values]
     return tuple(everything)
 
 
@@ -319,11 +326,12 @@ def _said_in(tab: Tab, error: Exception) -> tuple[Any, ...]:
 def _view_of(parts: dict[str, Tab]):
     import gradio as gr
 
-    def first(name, *values):
+    def first(view):
+        name, settings = view
         if name not in parts:
             return (gr.skip(),) * sum(len(tab.outputs) for tab in parts.values())
         try:
-            shown = parts[name].show(*values[_slot(parts, name, 'inputs')])
+            shown = parts[name].show(*settings, *[None] * len(parts[name].extra))
         except (UsageError, SamplingDiverged) as error:
             shown = _said_in(parts[name], error)
         return _placed(parts, name, shown)
@@ -334,12 +342,13 @@ def _view_of(parts: dict[str, Tab]):
 def _first_of(parts: dict[str, Tab]):
     import gradio as gr
 
-    def first(name, *values):
+    def first(view):
+        name, settings = view
         if name not in parts:
             yield (gr.skip(),) * sum(len(tab.outputs) for tab in parts.values())
             return
         try:
-            for shown in parts[name].show(*values[_slot(parts, name, 'inputs')]):
+            for shown in parts[name].show(*settings, *[None] * len(parts[name].extra)):
                 yield _placed(parts, name, shown)
         except (UsageError, SamplingDiverged) as error:
             yield _placed(parts, name, _said_in(parts[name], error))
@@ -350,8 +359,8 @@ def _first_of(parts: dict[str, Tab]):
 def _unless_drawn(tab: Tab, *values: Any) -> Iterator[Any]:
     import gradio as gr
 
-    *values, drawn = values
-    if drawn is not None:
+    *values, drawn, ready = values
+    if drawn is not None or not ready:
         yield (gr.skip(),) * len(tab.outputs)
         return
     yield from tab.show(*values)
@@ -363,6 +372,13 @@ def query_of(text: Any) -> dict[str, str]:
         return dict(parse_qsl(text[:MAX_QUERY].removeprefix('?'), max_num_fields=MAX_FIELDS))
     except (TypeError, ValueError):
         return {}
+
+
+def _once_ready(tab: Tab, *values: Any) -> Any:
+    import gradio as gr
+
+    *values, ready = values
+    return tab.show(*values) if ready else (gr.skip(),) * len(tab.outputs)
 
 
 def said(error: Exception) -> str:

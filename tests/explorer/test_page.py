@@ -1,5 +1,7 @@
 """The page in a browser: every tab opened, its main control moved, and what it shows held against the library."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from pages import executed
 from diffusion_jax import data, process, samplers, schedules
 from diffusion_jax.compilation import count_programs
 from diffusion_jax.evaluation import solver_errors
-from diffusion_jax.explorer import network, pictures, solver_plot
+from diffusion_jax.explorer import forward, network, pictures, solver_plot
 from diffusion_jax.images import to_float, to_uint8
 from diffusion_jax.models import inspection
 
@@ -175,6 +177,23 @@ def test_a_view_is_in_the_url_and_comes_back(browser):
     browser.until(lambda: 'state 2 of 5' in browser.text('#x_t'))
     for before, after in zip(shown, (browser.picture('x_t'), browser.picture('x_t_b')), strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_a_view_of_the_url_is_not_overwritten_by_the_plain_one(browser, monkeypatch):
+    """A browser selects the first tab as it opens: its answer, however late, must not show other settings."""
+    view = forward.view
+
+    def late(subject, image, schedule, length, t, *rest):
+        if t == 0.5:
+            time.sleep(2)
+        return view(subject, image, schedule, length, t, *rest)
+
+    monkeypatch.setattr(forward, 'view', late)
+    browser.open(tab='forward', t='0.35', image='7')
+    browser.until(lambda: browser.text('#t').startswith('0.35 '))
+    time.sleep(3)
+    assert browser.text('#t').startswith('0.35 ')
+    assert near(browser.picture('image'), data.examples('digits').images[7])
 
 
 @pytest.mark.parametrize(

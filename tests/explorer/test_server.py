@@ -10,7 +10,6 @@ import uuid
 import jax
 import numpy as np
 import pytest
-from browsing import Browser, start
 from pages import pictures_of
 
 from diffusion_jax import pretrained
@@ -19,6 +18,13 @@ from diffusion_jax.images import to_uint8
 from diffusion_jax.pipelines import stepwise
 
 pytestmark = pytest.mark.browser
+
+
+def window(driver, address):
+    """A `browsing.Browser`: imported here, as this file is read where there is no Selenium, too."""
+    from browsing import Browser
+
+    return Browser(driver, address)
 
 
 def near(ours, theirs):
@@ -327,7 +333,7 @@ def test_a_broken_model_says_so_on_the_page(driver, tmp_path):
     _, address, _ = serve(blocks, port=0, block=False)
     try:
         driver.get(address)
-        browser = Browser(driver, address)
+        browser = window(driver, address)
         browser.until(lambda: 'no run in' in browser.text('#broken'))
     finally:
         blocks.close()
@@ -343,7 +349,7 @@ def test_tabs_are_those_of_the_model(driver, digits, stable, unlabelled):
         blocks = build(subject)
         _, address, _ = serve(blocks, port=0, block=False)
         try:
-            browser = Browser(driver, address)
+            browser = window(driver, address)
             browser.open(tab='reverse', steps='3')
             found = browser.until(lambda b=browser: [tab.text for tab in b.all('button[role=tab]') if tab.text])
             assert found == wanted
@@ -379,7 +385,7 @@ def test_the_page_opens_with_eight_devices_too(driver):
     blocks = build(subject)
     _, address, _ = serve(blocks, port=0, block=False)
     try:
-        browser = Browser(driver, address)
+        browser = window(driver, address)
         browser.open(tab='network')
         browser.until(lambda: browser.picture('network_activations') is not None)
     finally:
@@ -388,12 +394,14 @@ def test_the_page_opens_with_eight_devices_too(driver):
 
 def test_two_windows_at_once(address, browser):
     """Two browsers, two views: neither sees the other's."""
-    second = Browser(start(), address)
+    from browsing import start
+
+    second = window(start(), address)
     try:
         browser.open(tab='reverse', seed='1', steps='4')
         second.open(tab='reverse', seed='2', steps='4')
-        for window in (browser, second):
-            window.until(lambda w=window: 'state 4 of 4' in w.text('#x_t'))
+        for each in (browser, second):
+            each.until(lambda w=each: 'state 4 of 4' in w.text('#x_t'))
         browser.slide('reverse-moment', 2)
         browser.until(lambda: 'state 2 of 4' in browser.text('#x_t'))
         assert 'state 4 of 4' in second.text('#x_t')
