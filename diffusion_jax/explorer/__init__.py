@@ -6,7 +6,9 @@
 It needs the extra `explorer`: pip install -e '.[explorer]'.
 """
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,9 @@ def serve(blocks: Any, port: int = PORT, share: bool = False, block: bool = True
 
     if not 0 <= port <= 65535:
         raise UsageError(f'--port must be in 0..65535 (0: any that is free), got {port}.')
-    os.environ.setdefault('GRADIO_TEMP_DIR', tempfile.mkdtemp(prefix='diffusion_jax_explorer_'))
+    if 'GRADIO_TEMP_DIR' not in os.environ:  # one a process, gone with it
+        os.environ['GRADIO_TEMP_DIR'] = tempfile.mkdtemp(prefix='diffusion_jax_explorer_')
+        atexit.register(shutil.rmtree, os.environ['GRADIO_TEMP_DIR'], ignore_errors=True)
     blocks.queue(default_concurrency_limit=1, max_size=page.QUEUE, api_open=False)
     fonts = {'font': ['system-ui', 'sans-serif'], 'font_mono': ['ui-monospace', 'monospace']}
     settings = {
