@@ -18,9 +18,10 @@ import numpy as np  # noqa: E402
 from browsing import Browser, start  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from diffusion_jax import explorer  # noqa: E402
+from diffusion_jax import data, explorer  # noqa: E402
 from diffusion_jax.compilation import use_cache  # noqa: E402
 from diffusion_jax.explorer import subject as subjects  # noqa: E402
+from diffusion_jax.pipelines import load_pipeline  # noqa: E402
 
 FOLDER = ROOT / 'docs' / 'explorer'
 LARGEST = 150_000  # bytes of a screenshot
@@ -73,16 +74,22 @@ def shot(browser: Browser, name: str, query: dict, wanted: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--text_model', default=str(ROOT / 'tests' / 'fixtures' / 'interop' / 'sd1'))
+    parser.add_argument('--latent_model', help='the folder of a run on latents of Fashion-MNIST')
     arguments = parser.parse_args()
     use_cache(ROOT / 'runs' / 'pretrained_fashion_mnist')
     from diffusion_jax.interop.load import load
 
+    shown = [
+        (subjects.shipped(), VIEWS),
+        (subjects.given(load(arguments.text_model), Path(arguments.text_model).name), TEXT_VIEWS),
+    ]
+    if arguments.latent_model:
+        pipeline, _ = load_pipeline(arguments.latent_model)
+        images = data.examples('fashion_mnist').images
+        shown.append((subjects.given(pipeline, 'Fashion-MNIST in latents', images), {'latents': TEXT_VIEWS['latents']}))
     driver = start()
     try:
-        for subject, views in (
-            (subjects.shipped(), VIEWS),
-            (subjects.given(load(arguments.text_model), Path(arguments.text_model).name), TEXT_VIEWS),
-        ):
+        for subject, views in shown:
             blocks = explorer.build(subject)
             _, address, _ = explorer.serve(blocks, port=0, block=False)
             for name, (query, wanted) in views.items():
