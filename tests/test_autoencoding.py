@@ -262,6 +262,7 @@ def test_the_loss_falls_and_the_discriminator_begins_at_its_step(finished):
     assert held_out[1] < held_out[0]
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_is_bit_for_bit_the_unbroken_one(finished, tmp_path):
     train(tiny(train__num_steps=6), tmp_path)
     assert_same_bits(train(tiny(), tmp_path), finished[1])
@@ -355,6 +356,7 @@ def test_an_exported_file_is_the_autoencoder_with_the_scale_of_its_latents(finis
         load_pipeline(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_another(finished, tmp_path):
     workdir, state = finished
     begun = tiny(init_from=str(workdir), autoencoder__discriminator_weight=0.0, autoencoder__perceptual_weight=0.0)
@@ -370,6 +372,7 @@ def test_a_run_begins_from_another(finished, tmp_path):
         train(begun, tmp_path / 'other')
 
 
+@pytest.mark.slow
 def test_an_autoencoder_with_a_codebook(tmp_path):
     config = tiny(
         model='autoencoder_vq',

@@ -35,7 +35,9 @@ def latents_of(pipeline, reference, **settings):
     return batch.images
 
 
-@pytest.mark.parametrize('name', SOLVERS)
+@pytest.mark.parametrize(
+    'name', [name if name in ('pndm', 'dpmpp_2m') else pytest.param(name, marks=pytest.mark.slow) for name in SOLVERS]
+)
 def test_the_latents_are_those_of_diffusers(loaded, name):
     _, _, pipeline, reference = loaded
     theirs = reference[f'{name}/latents'] * 1.0

@@ -31,6 +31,8 @@ from diffusion_jax.models.layers import sinusoidal_embedding
 from diffusion_jax.models.taps import with_taps
 
 FIXTURES = Path(__file__).parents[1] / 'fixtures' / 'interop'
+RARE = ('patches', 'resblocks', 'dit_embedders')
+EVERY_NETWORK = [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in NETWORKS]
 U_NETS = ('unet', 'ddpm_unet', 'conditional_unet', 'text_unet')
 
 
@@ -49,7 +51,7 @@ def map_of(name):
 # --- the map ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', EVERY_NETWORK)
 def test_each_parameter_is_of_one_block_of_the_map(name):
     apply, params, *_ = network(name)
     entries = map_of(name)
@@ -63,7 +65,7 @@ def test_each_parameter_is_of_one_block_of_the_map(name):
     assert {type(leaf) for leaf in jax.tree.leaves(apply.shapes)} == {jax.ShapeDtypeStruct}
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', EVERY_NETWORK)
 def test_the_maps_shapes_are_those_of_what_the_blocks_give(name):
     shapes = {path: block.shape[1:] for path, block in seen(name).blocks.items()}
     assert shapes == {entry.path: entry.output_shape for entry in map_of(name)}
@@ -120,7 +122,7 @@ def test_the_map_says_what_attends_to_a_text():
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', EVERY_NETWORK)
 def test_the_prediction_is_the_networks_own(name):
     apply, params, x, t, conditioning = network(name)
     assert_close(seen(name).prediction, jax.jit(apply)(params, x, t, **conditioning))
