@@ -101,6 +101,7 @@ def test_cached_latents_are_those_of_the_images(autoencoder, finished):
     assert 'mirrored_mean' not in found
 
 
+@pytest.mark.slow
 def test_mirrored_images_are_cached_too(autoencoder, tmp_path):
     train(latent_config(autoencoder, data__flip=True, train__num_steps=4), tmp_path)
     space, _ = read_latent_space(autoencoder)
@@ -202,6 +203,7 @@ def test_texts_are_dropped_for_the_null_text():
     assert (np.asarray(inputs.conditioning(batch, None)['ids']) == [1, 5, 9]).all()
 
 
+@pytest.mark.slow
 def test_encoding_on_the_fly_is_training_on_cached_means(autoencoder, tmp_path):
     """To what float16 does to the means."""
     common = {'latents__draw': False, 'train__num_steps': 4, 'evaluate__after_training': False}
@@ -215,6 +217,7 @@ def test_encoding_on_the_fly_is_training_on_cached_means(autoencoder, tmp_path):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_stopped(autoencoder, tmp_path):
     for folder, steps in (('one', (8,)), ('two', (4, 8))):
         for num in steps:
@@ -259,6 +262,7 @@ def test_another_autoencoder_is_refused_and_a_better_decoder_is_not(autoencoder,
     assert better.mean() > plain.mean() + 10
 
 
+@pytest.mark.slow
 def test_rounding_an_encoder_to_half_precision_leaves_its_latents_the_same(autoencoder, tmp_path):
     half = exported(tmp_path, export_dtype='float16')
     infos = [read_latent_space(path)[1] for path in (autoencoder, half)]
@@ -290,6 +294,7 @@ def test_scores_of_a_run_on_latents(autoencoder, finished):
     assert (finished / 'evaluation' / 'samples.png').exists()
 
 
+@pytest.mark.slow
 def test_a_codebook_has_latents_too(tmp_path):
     source = exported(tmp_path / 'vq', model='autoencoder_vq')
     train(latent_config(source), tmp_path / 'run')
@@ -387,6 +392,7 @@ def test_a_context_that_was_encoded_before_gives_the_same(text_run):
         apply(params, x, t, ids=ids, method='decode')
 
 
+@pytest.mark.slow
 def test_stable_diffusions_own_parts_are_trained_with(captioned, tmp_path):
     """Frozen: the autoencoder and the text encoder of a folder of diffusers; trained: a U-Net."""
     config = text_config(captioned, data__resolution=16, train__num_steps=4)
