@@ -6,9 +6,9 @@
 
 Small networks of Fashion-MNIST (28x28, class-conditional), each trained for some numbers of steps, each with its own
 cosine decay; the one on pixels for its speed alone. Quality is the Frechet distance of --num samples of 25 DDIM steps,
-in the shipped classifier's features. A step's and an image's seconds are medians of --turns turns that the networks take
-one after the other. Models, samples and what was measured are kept in --runs; a second start goes on where the first one
-stopped.
+in the shipped classifier's features. A step's and an image's seconds are medians of --turns turns that the networks
+take one after the other. Models, samples and what was measured are kept in --runs; a second start goes on where the
+first one stopped.
 """
 
 import sys
