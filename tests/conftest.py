@@ -1,6 +1,7 @@
 """Eight simulated devices for every test, compiled programs kept for the session, and what the tests share."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -26,6 +27,18 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # main.py and configs/ are not part of the package
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forgotten(request):
+    """What a file compiled is dropped after it: kept, it grows to gigabytes in a process, and each file is slower.
+
+    The explorer's files share one server, and so what it compiled.
+    """
+    yield
+    if request.path.parent.name != 'explorer':
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
