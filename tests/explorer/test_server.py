@@ -247,8 +247,12 @@ def test_a_run_that_is_stopped_frees_the_server(browser, monkeypatch):
     monkeypatch.setattr(stepwise, '_advance', slow)
     browser.open(tab='reverse', steps='100')
     browser.until(lambda: len(made) > 5)
-    browser.click('#reverse-stop')
-    browser.until(lambda: 'stopped' in browser.text('.tabs'))
+
+    def stopped():
+        browser.click('#reverse-stop')  # again, if the page was being laid out under the first click
+        return 'stopped' in browser.text('.tabs')
+
+    browser.until(stopped)
     time.sleep(1)
     stopped_at = len(made)
     assert stopped_at < 90
