@@ -253,7 +253,8 @@ def tab(page) -> None:
         conditions = dict(zip(asked, conditions, strict=True))
         for html, call, made, state in show(subject, conditions, seed, solver, other, steps, moment):
             if made is None:
-                yield html, gr.skip(), None, gr.skip(), '', ''
+                # Not the status: after a stop one more of these may arrive, and would wipe its word.
+                yield html, gr.skip(), None, gr.skip(), '', gr.skip()
             else:
                 yield html, call, made, gr.update(maximum=made[0].num_calls, value=state), '', ''
 
