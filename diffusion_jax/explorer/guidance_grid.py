@@ -157,7 +157,7 @@ def tab(page) -> None:
             low = gr.Slider(-RANGE, RANGE, value=-RANGE, step=0.5, label='guide from log-SNR', elem_id='guidance-low')
             high = gr.Slider(-RANGE, RANGE, value=RANGE, step=0.5, label='to log-SNR', elem_id='guidance-high')
             rescale = gr.Slider(0.0, 1.0, value=0.0, step=0.05, label='rescale', elem_id='guidance-rescale')
-            stop = gr.Button('Stop', size='sm', elem_id='guidance-stop')
+            page.stop_button('guidance')
         with gr.Column(scale=3, min_width=400):
             status = gr.HTML(elem_id='guidance-message')
             figure = gr.HTML(elem_id='guidance-figure')
@@ -180,4 +180,3 @@ def tab(page) -> None:
     changed += [asked[name].input for name in ('label',) if name in asked]
     changed += [asked[name].submit for name in ('prompt',) if name in asked]
     page.react(changed, 'guidance')
-    page.stopped_by(stop, 'guidance', status)

@@ -84,7 +84,8 @@ class Tab:
       show: (settings.., extra..) -> the outputs' values; a generator of them if it samples.
       extra: other inputs.
       outputs: of `show`; the first is a `gr.HTML`, which takes messages.
-      drawn: the `gr.State` that tells that a sampling tab has something to show; None for the others.
+      drawn: the `gr.State` that tells that a sampling tab has something to show; None for the others. What samples has
+        one output more, last: the word beside its stop button.
       runs: events that a stop button ends.
     """
 
@@ -114,7 +115,7 @@ class Page:
         self.footer: Any = None  # made first, shown last
         self.seconds_kept = SECONDS_KEPT
         self.ready: Any = None  # hidden: 'yes' once the view of the query is drawn
-        self._stops: list[tuple[Any, str, Any]] = []
+        self._stops: dict[str, tuple[Any, Any]] = {}  # by tab: the button, and the word beside it
 
     def code(self, name: str) -> Any:
         """Where the Python of what is shown stands."""
@@ -131,6 +132,8 @@ class Page:
         return plotly.graph_objects.Figure(figure)
 
     def tab(self, name: str, controls, show, extra, outputs, drawn=None) -> Tab:
+        if inspect.isgeneratorfunction(show):
+            show, outputs = self._stoppable(name, show, outputs)
         self.tabs[name] = Tab(controls, show, extra, outputs, drawn)
         return self.tabs[name]
 
@@ -190,10 +193,15 @@ class Page:
             **how,
         }
 
-    def on(self, trigger, function, inputs, outputs, samples: bool = False, then: str | None = None) -> Any:
+    def on(self, trigger, function, inputs, outputs, then: str | None = None) -> Any:
         """`function(*inputs)` -> outputs when a widget says so, and then tab `then` is shown."""
-        event = trigger(**self._event(function, inputs, outputs, samples))
+        event = trigger(**self._event(function, inputs, outputs, samples=False))
         return event if then is None else event.then(**self.shows(then))
+
+    def sample_on(self, trigger, function, inputs, outputs, name: str) -> None:
+        """A generator of outputs, queued when a widget says so; the stop button of tab `name` ends it."""
+        function, outputs = self._stoppable(name, function, outputs)
+        self.tabs[name].runs.append(trigger(**self._event(function, inputs, outputs, samples=True)))
 
     def remembered(self, trigger: Any, name: str) -> None:
         """Writes a tab's settings into the URL when a widget changes; the server is not asked."""
@@ -215,15 +223,34 @@ class Page:
             if self.tabs[name].samples:
                 self.tabs[name].runs.append(event)
 
-    def stopped_by(self, button: Any, name: str, status: Any) -> None:
-        """A button that ends what the tab is sampling, for the next in the queue."""
-        self._stops.append((button, name, status))
+    def stop_button(self, name: str) -> None:
+        """A button that ends what the tab is sampling, for the next in the queue, and the word that says so."""
+        import gradio as gr
+
+        button = gr.Button('Stop', size='sm', min_width=60, elem_id=f'{name}-stop')
+        self._stops[name] = button, gr.HTML(elem_id=f'{name}-stopped')
+
+    def _stoppable(self, name: str, show: Callable[..., Any], outputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """(show, outputs) with the word as one more output, which goes as a run begins.
+
+        A run writes it once: what it has sent already may arrive after the button was pressed, and would wipe it.
+        """
+        import gradio as gr
+
+        @functools.wraps(show)
+        def stoppable(*args):
+            word = ''
+            for values in show(*args):
+                yield (*values, word)
+                word = gr.skip()
+
+        return stoppable, [*outputs, self._stops[name][1]]
 
     def wire_stops(self) -> None:
         """Called last: a button ends what began by whatever event, also by opening the tab or the page."""
         how = {'queue': False, 'api_visibility': 'private', 'show_progress': 'hidden'}
-        for button, name, status in self._stops:
-            button.click(lambda: pictures.note('stopped'), None, [status], cancels=self.tabs[name].runs, **how)
+        for name, (button, word) in self._stops.items():
+            button.click(lambda: pictures.note('stopped'), None, [word], cancels=self.tabs[name].runs, **how)
 
     def selected(self, item: Any, name: str) -> None:
         """When the tab is opened by hand: shown, unless it samples and has something to show already."""

@@ -138,21 +138,19 @@ def tab(page) -> None:
             steps = gr.Slider(1, checks.MAX_STEPS, value=20, step=1, label='steps', elem_id='prompt-steps')
             with gr.Row():
                 go = gr.Button('Draw', variant='primary', size='sm', min_width=60, elem_id='prompt-draw')
-                stop = gr.Button('Stop', size='sm', min_width=60, elem_id='prompt-stop')
+                page.stop_button('prompt')
             way = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label='maps: of the way', elem_id='prompt-way')
         with gr.Column(scale=3, min_width=400):
             figure = gr.HTML(elem_id='prompt-figure')
-            status = gr.HTML()
             code = page.code('prompt')
 
     def drawn(*values):
         *values, way = values
         conditions = dict(zip(asked, values[: len(asked)], strict=True))
         for html, call, made in show(subject, conditions, tuple(values[len(asked) :]), way):
-            yield html, gr.skip() if call is None else call, made, ''
+            yield html, gr.skip() if call is None else call, made
 
     rest = {'negative': negative, 'seed': seed, 'images': num, 'steps': steps, 'way': way}
-    page.tab('prompt', {**asked, **rest}, drawn, [], [figure, code, state, status], drawn=state)
+    page.tab('prompt', {**asked, **rest}, drawn, [], [figure, code, state], drawn=state)
     page.react([go.click, asked['prompt'].submit], 'prompt')
-    page.stopped_by(stop, 'prompt', status)
     page.on(way.input, lambda drawn, way: view(subject, drawn, way), [state, way], [figure, code])

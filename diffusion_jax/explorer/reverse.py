@@ -231,7 +231,7 @@ def tab(page) -> None:
             steps = gr.Slider(1, checks.MAX_STEPS, value=20, step=1, label='steps', elem_id='reverse-steps')
             with gr.Row():
                 go = gr.Button('Draw', variant='primary', size='sm', elem_id='reverse-draw', min_width=60)
-                stop = gr.Button('Stop', size='sm', elem_id='reverse-stop', min_width=60)
+                page.stop_button('reverse')
             gif = gr.Button('animation (GIF)', size='sm', elem_id='reverse-gif')
         with gr.Column(scale=3, min_width=400):
             moment = gr.Slider(0, 2 * checks.MAX_STEPS, value=0, step=1, label='state', elem_id='reverse-moment')
@@ -253,15 +253,13 @@ def tab(page) -> None:
         conditions = dict(zip(asked, conditions, strict=True))
         for html, call, made, state in show(subject, conditions, seed, solver, other, steps, moment):
             if made is None:
-                # Not the status: after a stop one more of these may arrive, and would wipe its word.
-                yield html, gr.skip(), None, gr.skip(), '', gr.skip()
+                yield html, gr.skip(), None, gr.skip(), '', ''
             else:
                 yield html, call, made, gr.update(maximum=made[0].num_calls, value=state), '', ''
 
     outputs = [figure, code, runs, moment, animated, status]
     page.tab('reverse', controls, drawn, [], outputs, drawn=runs)
     page.react([go.click], 'reverse')
-    page.stopped_by(stop, 'reverse', status)
 
     def scrub(runs, moment):
         return view(subject, runs or [], moment)

@@ -182,7 +182,7 @@ def tab(page) -> None:
             seed = gr.Number(0, precision=0, label='seed', elem_id='samplers-seed')
             asked = asking.widgets(subject, 'samplers')
             model = gr.Button('Measure on the model', size='sm', elem_id='samplers-model')
-            stop = gr.Button('Stop', size='sm', elem_id='samplers-stop')
+            page.stop_button('samplers')
         with gr.Column(scale=3, min_width=400):
             said = gr.HTML(elem_id='samplers-message')
             plot = gr.Plot(show_label=False, elem_id='samplers-quality')
@@ -206,6 +206,4 @@ def tab(page) -> None:
             yield message, gr.skip() if quality is None else gr.Plot(page.plotted(quality), visible=True)
 
     inputs = [solvers, spacing, seed, *asked.values()]
-    event = page.on(model.click, measured_on_model, inputs, [said_of_model, of_model], samples=True)
-    page.tabs['samplers'].runs.append(event)
-    page.stopped_by(stop, 'samplers', said_of_model)
+    page.sample_on(model.click, measured_on_model, inputs, [said_of_model, of_model], 'samplers')

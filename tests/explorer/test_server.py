@@ -234,8 +234,9 @@ def test_two_sessions_do_not_mix(address, digits):
     assert 'press Draw' in stranger.call('reverse-moment', 'input', [None, 4])[1]['data'][0]
 
 
-def test_a_run_that_is_stopped_frees_the_server(browser, monkeypatch):
-    """Its calls end, and another session's run is served at once."""
+@pytest.mark.parametrize(('tab', 'query'), [('reverse', {'steps': '100'}), ('guidance', {'steps': '40'})])
+def test_a_run_that_is_stopped_frees_the_server(browser, monkeypatch, tab, query):
+    """Its calls end, the page says so and goes on saying it, and another session's run is served at once."""
     made = []
     advance = stepwise._advance
 
@@ -245,18 +246,17 @@ def test_a_run_that_is_stopped_frees_the_server(browser, monkeypatch):
         return advance(*args, **kwargs)
 
     monkeypatch.setattr(stepwise, '_advance', slow)
-    browser.open(tab='reverse', steps='100')
+    browser.open(tab=tab, **query)
     browser.until(lambda: len(made) > 5)
-
-    def stopped():
-        browser.click('#reverse-stop')  # again, if the page was being laid out under the first click
-        return 'stopped' in browser.text('.tabs')
-
-    browser.until(stopped)
+    browser.click(f'#{tab}-stop')
+    browser.until(lambda: 'stopped' in browser.text(f'#{tab}-stopped'))
     time.sleep(1)
     stopped_at = len(made)
-    assert stopped_at < 90
+    assert stopped_at < 30
     time.sleep(1.5)
+    assert len(made) == stopped_at
+    # A picture that was on its way has arrived by now.
+    assert 'stopped' in browser.text(f'#{tab}-stopped')
     assert len(made) == stopped_at
     other = Client(browser.address)
     other.join('reverse-draw', 'click', REVERSE)
