@@ -17,17 +17,18 @@ from diffusion_jax.config import default_config, model_section
 from diffusion_jax.data.batches import Batches
 from diffusion_jax.data.latents import LatentRecords, LatentSet, description_path, records_path, write_latents
 from diffusion_jax.evaluation import evaluate
-from diffusion_jax.experiment import LatentInfo, read_record
+from diffusion_jax.experiment import LatentInfo, info_of, read_record
 from diffusion_jax.images import to_float
 from diffusion_jax.interop.folders import read_folder
 from diffusion_jax.interop.single_file import write_single_file
 from diffusion_jax.pipelines import load_autoencoder, load_pipeline, pretrained
 from diffusion_jax.pipelines.model_file import load_source
-from diffusion_jax.pipelines.parts import KEPT, check_same_latents, read_latent_space
+from diffusion_jax.pipelines.parts import KEPT, check_same_latents, read_latent_space, read_parts
 from diffusion_jax.pipelines.workdir import export, generate, sample
 from diffusion_jax.text import ClipTokenizer
 from diffusion_jax.training.checkpoints import Checkpoints
 from diffusion_jax.training.inputs import Inputs
+from diffusion_jax.training.latent_cache import cached_latents
 from diffusion_jax.training.sharding import make_mesh, replicated, sharded_batch
 from diffusion_jax.training.train import train
 
@@ -166,6 +167,17 @@ def test_a_cache_of_something_else_is_refused(autoencoder, finished, tmp_path):
     folder = str(finished / 'latents')
     with pytest.raises(UsageError, match=r'latents of something else \(another autoencoder\)'):
         train(latent_config(other, latents__cache_dir=folder), tmp_path / 'run')
+    # Of the same one on another device, whose rounding is another, it is taken.
+    elsewhere = tmp_path / 'elsewhere'
+    shutil.copytree(folder, elsewhere)
+    for split in ('train', 'test'):
+        path = description_path(elsewhere, split)
+        described = json.loads(path.read_text())
+        described['autoencoder'] = [value + 1e-5 for value in described['autoencoder']]
+        path.write_text(json.dumps(described))
+    config, splits = latent_config(autoencoder, latents__cache_dir=str(elsewhere)), data.load('digits')
+    parts = read_parts(config, info_of(splits), make_mesh())
+    assert len(cached_latents(config, splits, parts, tmp_path).train) == len(splits.train)
     with pytest.raises(UsageError, match='another mirrored'):
         train(latent_config(autoencoder, latents__cache_dir=folder, data__flip=True), tmp_path / 'run')
 

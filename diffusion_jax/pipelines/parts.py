@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ KEPT = 'autoencoder.safetensors'
 """A run's own copy of its autoencoder, in its workdir."""
 
 PROBE_SIDE = 4  # latents
-PROBE_TOLERANCE = 0.02  # of the latents' deviation: above what a rounding to float16 does
+PROBE_TOLERANCE = 0.02  # of the latents' deviation: above what a rounding to float16, or another device, does
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,13 +206,16 @@ def probe_of(space: LatentSpace) -> tuple[float, ...]:
     return tuple(round(float(value), 5) for value in np.asarray(jax.jit(space.encoder)(space.params, images).mean).flat)
 
 
+def same_encoder(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether two probes are of one encoder, be it on other devices or in other precision."""
+    a, b = np.array(ours), np.array(theirs)
+    return a.shape == b.shape and bool(np.abs(a - b).max() <= PROBE_TOLERANCE * max(a.std(), 1e-6))
+
+
 def check_same_latents(recorded: LatentInfo, found: LatentInfo, source: str | Path) -> None:
     """A `UsageError` if an autoencoder is of other latents. Its decoder may be another: that upgrades the images."""
     same = (recorded.factor, recorded.channels) == (found.factor, found.channels)
-    if same:
-        ours, theirs = np.array(recorded.probe), np.array(found.probe)
-        same = np.abs(ours - theirs).max() <= PROBE_TOLERANCE * max(ours.std(), 1e-6)
-    if not same:
+    if not same or not same_encoder(recorded.probe, found.probe):
         raise UsageError(
             f'{source} is not the autoencoder that this model was trained with: it encodes a test picture otherwise '
             f'({found.channels} channels at 1/{found.factor}, against {recorded.channels} at 1/{recorded.factor}). '

@@ -17,11 +17,12 @@ from diffusion_jax.data.latents import MAX_MEMORY_BYTES, LatentRecords, LatentSe
 from diffusion_jax.distributed import is_writer
 from diffusion_jax.errors import UsageError
 from diffusion_jax.images import to_float
-from diffusion_jax.pipelines.parts import Parts
+from diffusion_jax.pipelines.parts import Parts, same_encoder
 from diffusion_jax.training.sharding import fetch, make_mesh, num_batch_shards, put, sharded_batch
 
 LOGGER = logging.getLogger(__name__)
 
+AUTOENCODER = 'autoencoder'  # key of a cache's description
 BATCH = 64
 COMPARED = 32  # images, spread over a set, by which a cache is known to be of it
 
@@ -43,11 +44,11 @@ def cached_latents(config: ConfigDict, splits: Splits, parts: Parts, workdir: st
     for name, images in splits._asdict().items():
         wanted = _description(config, images, parts)
         found = described(folder, name)
-        if found is not None and found != wanted:
-            differs = ', '.join(sorted(key for key in wanted if found.get(key) != wanted[key]))
+        differs = [] if found is None else _differences(found, wanted)
+        if differs:
             raise UsageError(
-                f'{folder} has latents of something else (another {differs}): name another latents.cache_dir, or '
-                'delete it, and the images are encoded again.'
+                f'{folder} has latents of something else (another {", ".join(differs)}): name another '
+                'latents.cache_dir, or delete it, and the images are encoded again.'
             )
         if found is None and is_writer():
             write_latents(folder, name, _encoded(images, name, parts, config.data.flip), wanted)
@@ -70,12 +71,21 @@ def _set_of(folder: Path, split: str, images: Any) -> LatentSet:
 def _description(config: ConfigDict, images: Any, parts: Parts) -> dict[str, Any]:
     rows = np.linspace(0, len(images) - 1, min(len(images), COMPARED)).round().astype(np.int64)
     return {
-        'autoencoder': list(parts.latent_info.probe),
+        AUTOENCODER: list(parts.latent_info.probe),
         'number of images': len(images),
         'image shape': list(images.image_shape),
         'mirrored': config.data.flip,
         'images': hashlib.sha256(images.load(rows).images.tobytes()).hexdigest(),
     }
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What differs. An encoder computes a little otherwise on another device, or by another version of a compiler."""
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    probe = found.get(AUTOENCODER)
+    if isinstance(probe, list) and same_encoder(probe, wanted[AUTOENCODER]):
+        changed = [key for key in changed if key != AUTOENCODER]
+    return sorted(changed)
 
 
 def _encoded(images: Any, name: str, parts: Parts, mirrored: bool) -> Iterator[dict[str, np.ndarray]]:
