@@ -172,9 +172,9 @@ def test_a_cache_of_something_else_is_refused(autoencoder, finished, tmp_path):
     shutil.copytree(folder, elsewhere)
     for split in ('train', 'test'):
         path = description_path(elsewhere, split)
-        described = json.loads(path.read_text())
-        described['autoencoder'] = [value + 1e-5 for value in described['autoencoder']]
-        path.write_text(json.dumps(described))
+        description = json.loads(path.read_text())
+        description['of']['autoencoder'] = [value + 1e-5 for value in description['of']['autoencoder']]
+        path.write_text(json.dumps(description))
     config, splits = latent_config(autoencoder, latents__cache_dir=str(elsewhere)), data.load('digits')
     parts = read_parts(config, info_of(splits), make_mesh())
     assert len(cached_latents(config, splits, parts, tmp_path).train) == len(splits.train)
