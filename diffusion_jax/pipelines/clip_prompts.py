@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diffusion_jax.errors import UsageError
-from diffusion_jax.pipelines.images import Place
+from diffusion_jax.pipelines.drawing import Place
 from diffusion_jax.text import ClipTokenizer
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Int, UInt8, UInt32
 from tqdm import tqdm
 
 from diffusion_jax import guidance, samplers
-from diffusion_jax.denoisers import Apply, Denoiser, ModelDenoiser
+from diffusion_jax.denoisers import Apply, Denoiser
 from diffusion_jax.errors import SamplingDiverged, UsageError
 from diffusion_jax.images import to_float, to_uint8
+from diffusion_jax.pipelines import drawing
+from diffusion_jax.pipelines.drawing import Batch, Conditioning, Guidance, Model, Place, guidance_of
 from diffusion_jax.pipelines.latents import LatentSpace
 from diffusion_jax.schedules import Schedule
-from diffusion_jax.training.sharding import fetch, make_mesh, num_batch_shards, on_mesh, put, replicated, sharded_batch
+from diffusion_jax.training.sharding import fetch, make_mesh, num_batch_shards, put, replicated, sharded_batch
 
 
 class Samples(NamedTuple):
@@ -29,14 +31,10 @@ class Samples(NamedTuple):
     labels: Int[np.ndarray, 'N'] | None
 
 
-Place = Callable[[np.ndarray], Array]
-"""An array of one entry per sample, [B, ...] -> the same on the devices."""
-
-
 class Prompts(Protocol):
     """What makes texts into a model's conditioning."""
 
-    def check(self, texts: Sequence[str]) -> None:
+    def _check_labels(self, texts: Sequence[str]) -> None:
         """A `UsageError` for texts that cannot be read."""
 
     def condition(self, texts: Sequence[str], size: tuple[int, int], place: Place) -> dict[str, Array]:
@@ -77,119 +75,28 @@ class DefaultPlanner:
         )
 
 
-class _Progress:
-    """Moves whatever bar is set. One object for all pipelines, so that a new bar or pipeline is no new program."""
+class Asked(NamedTuple):
+    """What a call of a pipeline asks for, checked, with the defaults of the model in it, on the host.
 
-    bar: Any = None
-
-    def __call__(self, step) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-
-_PROGRESS = _Progress()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """What the compiled program is made for."""
-
-    apply: Apply
-    schedule: Schedule
-    prediction: str
-    learned_variance: bool
-
-
-class _Guidance(NamedTuple):
-    """Traced: a new value compiles nothing."""
-
-    scale: Float[Array, '']
-    rescale: Float[Array, '']
-    interval: tuple[Float[Array, ''], Float[Array, '']] | None
-
-
-def _guidance(scale: float | None, rescale: float = 0.0, interval: tuple[float, float] | None = None):
-    if scale is None:
-        return None
-    interval = None if interval is None else tuple(map(jnp.float32, interval))
-    return _Guidance(jnp.float32(scale), jnp.float32(rescale), interval)
-
-
-Conditioning = dict[str, Array]
-
-
-def _denoiser(
-    model: _Model, params: Any, conditioning: Conditioning, null: Conditioning | None, guided: _Guidance | None
-) -> Denoiser:
-    denoiser = ModelDenoiser(
-        model.apply, params, model.schedule, model.prediction, conditioning, model.learned_variance
-    )
-    if guided is None:
-        return denoiser
-    return guidance.classifier_free(denoiser, null, guided.scale, interval=guided.interval, rescale=guided.rescale)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'shape', 'clip', 'on_step', 'mesh'))
-def _sample(
-    params: Any,
-    plan: samplers.Plan,
-    seeds: UInt32[Array, 'B 2'],
-    indices: Int[Array, 'B'],
-    conditioning: Conditioning,
-    null: Conditioning | None,
-    guided: _Guidance | None,
-    noise: Float[Array, 'B H W C'] | None,
-    start: Float[Array, 'B H W C'] | None,
-    known: samplers.Known | None,
-    *,
-    model: _Model,
-    shape: tuple[int, int, int],
-    clip: bool,
-    on_step: Callable | None,
-    mesh: Mesh,
-) -> Float[Array, 'B H W C']:
-    """Samples as the model has them. `start` is an image to begin from, with noise to where the plan begins.
-
-    The seeds are keys' data: host arrays, the same in every process.
+    Attributes:
+      plan: the solver on its grid.
+      labels: of each sample, [N]; None from a model without labels.
+      prompts, negative_prompts: to be taken in turn; None for those that there are none of.
+      size: (height, width) of the images.
+      seeds, indices: of each sample: its key's data and which noise of it.
+      clip: whether the predicted x0 is clipped.
     """
-    keys_init, keys_steps = _keys(seeds, indices)
-    if start is not None:
-        x = samplers.noised(plan, start, keys_init)
-    elif noise is not None:
-        x = jnp.asarray(plan.prior_std, jnp.float32) * noise
-    else:
-        x = samplers.prior(plan, keys_init, (len(indices), *shape))
 
-    def draw(x):
-        denoiser = _denoiser(model, params, conditioning, null, guided)
-        return samplers.sample(denoiser, plan, x, keys_steps, clip=clip, known=known, on_step=on_step)
-
-    return on_mesh(mesh, draw)(x)
-
-
-@jax.jit
-def _finished(x: Float[Array, 'B H W C']) -> tuple[UInt8[Array, 'B H W C'], Bool[Array, 'B']]:
-    """(images, whether each is finite)."""
-    return to_uint8(x), jnp.isfinite(x).all(axis=(1, 2, 3))
-
-
-def _keys(seeds: UInt32[Array, 'B 2'], indices: Int[Array, 'B']) -> tuple[Array, Array]:
-    """A key for each sample's first noise, and one for that of its steps: of (seed, index) alone."""
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), indices)
-    keys_init, keys_steps = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    return keys_init, keys_steps
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'shape', 'clip', 'mesh'))
-def _trajectory(params, plan, seeds, indices, conditioning, null, guided, *, model: _Model, shape, clip, mesh: Mesh):
-    keys_init, keys_steps = _keys(seeds, indices)
-    x = samplers.prior(plan, keys_init, (len(indices), *shape))
-
-    def draw(x):
-        denoiser = _denoiser(model, params, conditioning, null, guided)
-        return samplers.sample_trajectory(denoiser, plan, x, keys_steps, clip=clip)
-
-    return on_mesh(mesh, draw)(x)
+    num: int
+    plan: samplers.Plan
+    labels: Int[np.ndarray, 'N'] | None
+    prompts: list[str] | None
+    negative_prompts: list[str] | None
+    guidance: Guidance | None
+    size: tuple[int, int]
+    seeds: UInt32[np.ndarray, 'N 2']
+    indices: Int[np.ndarray, 'N']
+    clip: bool
 
 
 class ImagePipeline:
@@ -235,7 +142,7 @@ class ImagePipeline:
         self.planner = planner or DefaultPlanner(clip=latents is None)
         self.inpaints = inpaints
         self.default_prompts = tuple(default_prompts)
-        self._model = _Model(apply, schedule, prediction, learned_variance)
+        self.model = Model(apply, schedule, prediction, learned_variance)
 
     @property
     def num_classes(self) -> int:
@@ -311,104 +218,113 @@ class ImagePipeline:
         *,
         first: int = 0,
         decode: bool = True,
-        labels: Sequence[int] | None = None,
-        prompts: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        guidance_scale: float | None = None,
-        solver: str | None = None,
-        steps: int = 50,
-        spacing: str | None = None,
-        final: str | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
         image: np.ndarray | None = None,
         strength: float = 1.0,
         mask: np.ndarray | None = None,
         noise: np.ndarray | None = None,
-        size: tuple[int, int] | None = None,
-        seed: int | Sequence[int] = 0,
         batch_size: int = 100,
-        clip: bool | None = None,
         progress: bool = False,
-        **solver_options: Any,
+        **settings: Any,
     ) -> Iterator[Samples]:
         """As a call, batch by batch: for more samples than fit in memory, or to go on after the `first` ones.
 
         Args:
           first: the samples before this one are left out; sample i is the same whatever `first` is.
           decode: False gives the samples as the network has them, float32: latents, of a model of latents.
+          image, .., settings: as a call takes them.
 
         In every process of several it yields the same samples: all of them.
         """
-        size = self._check_size(size)
-        plan = self.plan(solver, steps, spacing, final=final, strength=strength, **solver_options)
-        wanted = self.check(num, labels, guidance_scale, batch_size)
-        texts, negative = self.check_texts(num, prompts, negative_prompt, guidance_scale)
+        asked = self.asked(num, strength=strength, **settings)
+        check_batch_size(batch_size)
         if not 0 <= first < num:
             raise UsageError(f'first must be in 0..{num - 1}, got {first}.')
-        self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
-        guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
-        image, mask = self._check_image(num, size, image, strength, mask)
-        shape = self._shape_of(size)
+        image, mask = self._check_image(num, asked.size, image, strength, mask)
+        shape = self.shape_of(asked.size)
         if noise is not None:
             noise = np.asarray(noise, np.float32)
             if noise.shape != (num, *shape) or strength < 1:
                 raise UsageError(f'noise must be {(num, *shape)}, and the strength 1; got {noise.shape}, {strength}.')
-        seeds, indices = _seeds(seed, num)
         shards = num_batch_shards(self.mesh)
         batch_size = -(-min(batch_size, num - first) // shards) * shards
         starts = range(first, num, batch_size)
-        plan, guided = jax.tree.map(np.asarray, (plan, guided))  # host arrays: the same in every process
-        clip = self.planner.clip if clip is None else clip
         show = progress and jax.process_index() == 0
-        bar = tqdm(total=len(starts) * plan.num_calls, desc='sampling', unit='step', leave=None) if show else None
+        total = len(starts) * asked.plan.num_calls
+        bar = tqdm(total=total, desc='sampling', unit='step', leave=None) if show else None
         try:
             for start in starts:
-                rows = np.arange(start, start + batch_size)
-                placed = functools.partial(_place, rows=rows, sharding=sharded_batch(self.mesh))
-                conditioning, null = self._condition(rows, wanted, texts, negative, size, guided is not None)
+                placed = functools.partial(
+                    drawing.place_rows,
+                    rows=np.arange(start, start + batch_size),
+                    sharding=sharded_batch(self.mesh),
+                )
+                batch = self.batch(asked, start, batch_size)
                 origin, known = self._origin(placed(image), placed(mask))
                 if self.inpaints:
-                    extra = {'extra': self._seen(placed(image), placed(mask))}
-                    conditioning, null, known = conditioning | extra, None if null is None else null | extra, None
-                _PROGRESS.bar = bar
-                batch = _sample(
+                    batch, known = self._seeing(batch, placed(image), placed(mask)), None
+                drawing.PROGRESS.bar = bar
+                x = drawing.sample(
                     self.params,
-                    plan,
-                    placed(seeds),
-                    placed(indices),
-                    conditioning,
-                    null,
-                    guided,
+                    asked.plan,
+                    batch,
                     placed(noise),
                     origin if strength < 1 else None,
                     known,
-                    model=self._model,
+                    model=self.model,
                     shape=shape,
-                    clip=clip,
-                    on_step=_PROGRESS if show else None,
+                    clip=asked.clip,
+                    on_step=drawing.PROGRESS if show else None,
                     mesh=self.mesh,
                 )
                 if decode and self.latents is not None:
-                    batch = self.latents.decode(batch)
+                    x = self.latents.decode(x)
                 count = min(batch_size, num - start)
-                images, finite = (fetch(array)[:count] for array in _finished(batch))
+                images, finite = (fetch(array)[:count] for array in drawing.finished(x))
                 if show:
                     jax.effects_barrier()
                 if not finite.all():
                     raise SamplingDiverged(int((~finite).sum()), count)
+                part = slice(start, start + count)
                 if not decode:
-                    images = fetch(batch)[:count]
+                    images = fetch(x)[:count]
                 elif mask is not None and self.latents is not None:
                     # Pixels that are kept are so to the last bit; an autoencoder gives them nearly.
-                    part = slice(start, start + count)
                     images = np.where(mask[part] != 0, np.asarray(to_uint8(image[part])), images)
-                yield Samples(images, None if wanted is None else wanted[start : start + count])
+                yield Samples(images, None if asked.labels is None else asked.labels[part])
         finally:
             if bar is not None:
                 bar.close()
 
-    def trajectory(
+    def trajectory(self, num: int, **settings: Any) -> samplers.Trajectory:
+        """The way of `num` samples from noise to image: those that a call with these settings draws.
+
+        Args:
+          settings: as a call takes them; all but those of an image to start from, and what is about batches.
+
+        Returns:
+          x, float [steps + 1, num, H, W, C], from the noise on, and x0, [steps, num, ...], what was predicted at each
+          step, both on the host, and latents of a model of latents. x is the solver's: of size alpha x0 + sigma eps.
+
+        Raises:
+          UsageError: as a call does.
+          SamplingDiverged: the network gave NaN or inf.
+        """
+        asked = self.asked_from_noise(num, **settings)
+        trajectory = drawing.trajectory(
+            self.params,
+            asked.plan,
+            self.batch(asked),
+            model=self.model,
+            shape=self.shape_of(asked.size),
+            clip=asked.clip,
+            mesh=self.mesh,
+        )
+        trajectory = jax.tree.map(lambda leaf: fetch(leaf)[:, :num], trajectory)
+        if bad := int((~np.isfinite(trajectory.x[-1]).all(axis=(1, 2, 3))).sum()):
+            raise SamplingDiverged(bad, num)
+        return trajectory
+
+    def asked(
         self,
         num: int,
         *,
@@ -422,51 +338,50 @@ class ImagePipeline:
         final: str | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        strength: float = 1.0,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         clip: bool | None = None,
         **solver_options: Any,
-    ) -> samplers.Trajectory:
-        """The way of `num` samples from noise to image: those that a call with these settings draws.
-
-        Returns:
-          x, float [steps + 1, num, H, W, C], from the noise on, and x0, [steps, num, ...], what was predicted at each
-          step, both on the host, and latents of a model of latents. x is the solver's: of size alpha x0 + sigma eps.
-
-        Raises:
-          UsageError: as a call does.
-          SamplingDiverged: the network gave NaN or inf.
-        """
+    ) -> Asked:
+        """What a call with these settings asks for, or a `UsageError`."""
         size = self._check_size(size)
-        plan = self.plan(solver, steps, spacing, final=final, **solver_options)
-        self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
-        wanted = self.check(num, labels, guidance_scale, num)
-        texts, negative = self.check_texts(num, prompts, negative_prompt, guidance_scale)
-        self._check_image(num, size, None, 1.0, None)
-        guided = _guidance(guidance_scale, guidance_rescale, guidance_interval)
-        plan, guided = jax.tree.map(np.asarray, (plan, guided))
-        shards = num_batch_shards(self.mesh)
-        rows = np.arange(-(-num // shards) * shards)
-        placed = functools.partial(_place, rows=rows, sharding=sharded_batch(self.mesh))
-        conditioning, null = self._condition(rows, wanted, texts, negative, size, guided is not None)
-        seeds, indices = _seeds(seed, num)
-        trajectory = _trajectory(
-            self.params,
-            plan,
-            placed(seeds),
-            placed(indices),
-            conditioning,
-            null,
-            guided,
-            model=self._model,
-            shape=self._shape_of(size),
-            clip=self.planner.clip if clip is None else clip,
-            mesh=self.mesh,
+        plan = self.plan(solver, steps, spacing, final=final, strength=strength, **solver_options)
+        wanted = self._check_labels(num, labels, guidance_scale)
+        texts, negative = self._check_texts(num, prompts, negative_prompt, guidance_scale)
+        self._check_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        seeds, indices = drawing.seeds_of(seed, num)
+        return Asked(
+            num,
+            jax.tree.map(np.asarray, plan),  # host arrays: the same in every process
+            wanted,
+            texts,
+            negative,
+            guidance_of(guidance_scale, guidance_rescale, guidance_interval),
+            size,
+            seeds,
+            indices,
+            self.planner.clip if clip is None else clip,
         )
-        trajectory = jax.tree.map(lambda leaf: fetch(leaf)[:, :num], trajectory)
-        if bad := int((~np.isfinite(trajectory.x[-1]).all(axis=(1, 2, 3))).sum()):
-            raise SamplingDiverged(bad, num)
-        return trajectory
+
+    def asked_from_noise(self, num: int, **settings: Any) -> Asked:
+        """As `asked`, for what begins with noise alone: a `UsageError` from a model that fills in parts of images."""
+        asked = self.asked(num, **settings)
+        self._check_image(num, asked.size, None, settings.get('strength', 1.0), None)
+        return asked
+
+    def batch(self, asked: Asked, start: int = 0, count: int | None = None) -> Batch:
+        """`count` samples from `start` on, all by default, and as many more as make the devices' shares even."""
+        rows = self._rows(start, asked.num if count is None else count)
+        placed = functools.partial(drawing.place_rows, rows=rows, sharding=sharded_batch(self.mesh))
+        conditioning, null = self._condition(
+            rows, asked.labels, asked.prompts, asked.negative_prompts, asked.size, asked.guidance is not None
+        )
+        return Batch(placed(asked.seeds), placed(asked.indices), conditioning, null, asked.guidance)
+
+    def _rows(self, start: int, count: int) -> Int[np.ndarray, 'B']:
+        shards = num_batch_shards(self.mesh)
+        return np.arange(start, start + -(-count // shards) * shards)
 
     def _condition(
         self,
@@ -481,7 +396,7 @@ class ImagePipeline:
         sharding = sharded_batch(self.mesh)
         conditioning, null = {}, {}
         if labels is not None:
-            conditioning['label'] = _place(labels, rows=rows, sharding=sharding)
+            conditioning['label'] = drawing.place_rows(labels, rows=rows, sharding=sharding)
             null['label'] = put(np.full(len(rows), self.num_classes, np.int32), sharding)
         if self.prompts is not None:
 
@@ -503,29 +418,31 @@ class ImagePipeline:
         latents = self.latents.encode(image)
         return latents, None if mask is None else samplers.Known(latents, self.latents.wholly(mask))
 
-    def _seen(self, image, mask) -> Float[Array, 'B h w E']:
+    def _seeing(self, batch: Batch, image, mask) -> Batch:
         """What a network that inpaints sees besides x_t: 1 where it shall paint, and the latents of what is kept."""
         visible = self.latents.encode(image * mask)
-        return jnp.concatenate([1.0 - self.latents.nearest(mask), visible], axis=-1)
+        extra = {'extra': jnp.concatenate([1.0 - self.latents.nearest(mask), visible], axis=-1)}
+        null = None if batch.null is None else batch.null | extra
+        return batch._replace(conditioning=batch.conditioning | extra, null=null)
 
     @property
     def schedule(self) -> Schedule:
-        return self._model.schedule
+        return self.model.schedule
 
     @property
     def apply(self) -> Apply:
         """The network: `apply(params, x, t, **conditioning)`."""
-        return self._model.apply
+        return self.model.apply
 
     @property
     def prediction(self) -> str:
         """What it predicts, one of `process.PREDICTIONS`."""
-        return self._model.prediction
+        return self.model.prediction
 
     @property
     def model_shape(self) -> tuple[int, int, int]:
         """(h, w, C) of what the network sees: of latents, if it works in them."""
-        return self._shape_of(self.image_shape[:2])
+        return self.shape_of(self.image_shape[:2])
 
     def conditioning(
         self, num: int, labels: Sequence[int] | None = None, prompts: str | Sequence[str] | None = None
@@ -535,16 +452,15 @@ class ImagePipeline:
         Raises:
           UsageError: the model does not take them.
         """
-        wanted = self.check(num, labels, None, num)
-        texts, _ = self.check_texts(num, prompts, None, None)
-        shards = num_batch_shards(self.mesh)
-        rows = np.arange(-(-num // shards) * shards)
+        wanted = self._check_labels(num, labels, None)
+        texts, _ = self._check_texts(num, prompts, None, None)
+        rows = self._rows(0, num)
         conditioning, _ = self._condition(rows, wanted, texts, None, self.image_shape[:2], False)
         return jax.tree.map(lambda leaf: put(fetch(leaf)[:num], replicated(self.mesh)), conditioning)
 
     @property
     def learned_variance(self) -> bool:
-        return self._model.learned_variance
+        return self.model.learned_variance
 
     def denoiser(self, labels: Sequence[int] | None = None, guidance_scale: float | None = None) -> Denoiser:
         """The network as a denoiser, to use with `samplers` directly: inversion, restoration, ideas of your own.
@@ -559,18 +475,18 @@ class ImagePipeline:
             raise UsageError('this model takes text: `conditioned` is the denoiser of such a one.')
         if labels is None:
             return self.conditioned({}, None, guidance_scale)
-        wanted = jnp.asarray(self.check(len(labels), labels, guidance_scale, len(labels)))
+        wanted = jnp.asarray(self._check_labels(len(labels), labels, guidance_scale))
         return self.conditioned({'label': wanted}, {'label': jnp.full_like(wanted, self.num_classes)}, guidance_scale)
 
     def conditioned(
         self, conditioning: Conditioning, null: Conditioning | None = None, guidance_scale: float | None = None
     ) -> Denoiser:
         """The network as a denoiser under this conditioning, and with guidance away from `null`: arrays [B, ...]."""
-        return _denoiser(self._model, self.params, conditioning, null, _guidance(guidance_scale))
+        return drawing.denoiser_of(self.model, self.params, conditioning, null, guidance_of(guidance_scale))
 
     def denoiser_of(self, params: Any, labels: Int[Array, 'B'] | None = None) -> Denoiser:
         """As `denoiser`, without guidance, of traced parameters and labels: for use inside a jitted function."""
-        return _denoiser(self._model, params, {} if labels is None else {'label': labels}, None, None)
+        return drawing.denoiser_of(self.model, params, {} if labels is None else {'label': labels}, None, None)
 
     def plan(
         self,
@@ -582,15 +498,15 @@ class ImagePipeline:
         **options: Any,
     ) -> samplers.Plan:
         """The solver on its grid, for the schedule of this model; what is None is as a call has it by default."""
-        plan = self.planner(self._model.schedule, solver, steps, spacing, final, strength, options)
-        if plan.alpha[0] == 0 and self._model.prediction in ('eps', 'score'):
+        plan = self.planner(self.model.schedule, solver, steps, spacing, final, strength, options)
+        if plan.alpha[0] == 0 and self.model.prediction in ('eps', 'score'):
             raise UsageError(
-                f'this model predicts {self._model.prediction}, which says nothing of the image where there is no '
+                f'this model predicts {self.model.prediction}, which says nothing of the image where there is no '
                 "signal, and the grid starts there: take spacing 'leading', 'log_snr' or 'karras'."
             )
         return plan
 
-    def check_guidance(
+    def _check_guidance(
         self, scale: float | None, rescale: float = 0.0, interval: tuple[float, float] | None = None
     ) -> None:
         """A `UsageError` for options of guidance that do not fit."""
@@ -598,7 +514,7 @@ class ImagePipeline:
             raise UsageError('guidance_rescale and guidance_interval need a guidance_scale.')
         guidance.check_options(interval, rescale)
 
-    def _shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+    def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """The shape that the network has images of this size in."""
         return (*size, self.image_shape[2]) if self.latents is None else self.latents.shape_of(size)
 
@@ -612,7 +528,7 @@ class ImagePipeline:
             )
         return size
 
-    def check_texts(
+    def _check_texts(
         self,
         num: int,
         prompts: str | Sequence[str] | None,
@@ -663,12 +579,12 @@ class ImagePipeline:
             mask = np.broadcast_to(mask.astype(np.float32), (num, *shape[:2]))[..., None]
         return np.asarray(to_float(np.broadcast_to(image, (num, *shape)))), mask
 
-    def check(
-        self, num: int, labels: Sequence[int] | None, guidance_scale: float | None, batch_size: int
+    def _check_labels(
+        self, num: int, labels: Sequence[int] | None, guidance_scale: float | None
     ) -> Int[np.ndarray, 'N'] | None:
         """The label of each of `num` images, or a `UsageError`."""
-        if num < 1 or batch_size < 1:
-            raise UsageError(f'num and batch_size must be at least 1, got {num} and {batch_size}.')
+        if num < 1:
+            raise UsageError(f'num must be at least 1, got {num}.')
         if guidance_scale is not None and not (np.isfinite(guidance_scale) and guidance_scale >= 0):
             raise UsageError(f'guidance_scale must be 0 or more, got {guidance_scale}.')
         if not self.num_classes:
@@ -684,20 +600,10 @@ class ImagePipeline:
         return np.resize(np.asarray(labels, np.int32), num)
 
 
-def _place(array, *, rows: Int[np.ndarray, 'B'], sharding) -> Any:
-    """These rows of an array of samples on the devices, from the start again where it ends."""
-    return None if array is None else put(array[rows % len(array)], sharding)
-
-
-def _seeds(seed: int | Sequence[int], num: int) -> tuple[UInt32[np.ndarray, 'N 2'], Int[np.ndarray, 'N']]:
-    """(key data, index) of each sample."""
-    try:
-        several = [int(value) for value in seed] if isinstance(seed, Sequence | np.ndarray) else None
-        keys = [np.asarray(jax.random.key_data(jax.random.key(value))) for value in several or [int(seed)]]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f'seed must be an integer, or some that are taken in turn; got {seed!r}: {error}.') from None
-    turns = np.arange(num) % len(keys)
-    return np.stack(keys)[turns], np.zeros(num, np.int32) if several else np.arange(num, dtype=np.int32)
+def check_batch_size(batch_size: int) -> None:
+    """A `UsageError` for one that holds no image."""
+    if batch_size < 1:
+        raise UsageError(f'batch_size must be at least 1, got {batch_size}.')
 
 
 def parse_labels(text: str) -> list[int] | None:

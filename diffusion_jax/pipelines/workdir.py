@@ -23,7 +23,7 @@ from diffusion_jax.errors import UsageError
 from diffusion_jax.experiment import check_same_run, load_data, make_experiment, read_record
 from diffusion_jax.images import grid, save_png
 from diffusion_jax.pipelines.autoencoders import export_autoencoder, sample_reconstructions
-from diffusion_jax.pipelines.images import ImagePipeline, Samples, parse_labels, save_npz
+from diffusion_jax.pipelines.images import ImagePipeline, Samples, check_batch_size, parse_labels, save_npz
 from diffusion_jax.pipelines.model_file import autoencoder_beside, load_source, save_model
 from diffusion_jax.pipelines.parts import KEPT, pipeline_of, read_parts
 from diffusion_jax.training.checkpoints import Checkpoints
@@ -173,12 +173,10 @@ def _of_process_0(number: int) -> int:
 
 def check_sampling(pipeline: ImagePipeline, section: ConfigDict) -> None:
     """A `UsageError` if the model cannot be sampled as a config's `sample` section says."""
-    pipeline.plan(section.solver, section.steps, section.spacing, final=section.final, **solver_options(section))
-    pipeline.check(section.num, parse_labels(section.labels), section.guidance_scale, section.batch_size)
-    pipeline.check_texts(
-        section.num, tuple(section.prompts[: section.num]) or None, section.negative_prompt, section.guidance_scale
-    )
-    pipeline.check_guidance(section.guidance_scale, section.guidance_rescale, section.guidance_interval)
+    settings = _settings(section, section.num)
+    check_batch_size(settings.pop('batch_size'))
+    del settings['progress']
+    pipeline.asked(section.num, **settings)
 
 
 def picture_of(samples: Samples, num_classes: int) -> Any:

@@ -252,9 +252,9 @@ def test_a_configs_network_is_seen_into_on_every_schedule():
 
 def test_the_shipped_model_is_seen_into():
     pipeline = dj.pretrained('fashion_mnist')
-    entries = network_map(pipeline._model.apply, pipeline.image_shape)
+    entries = network_map(pipeline.apply, pipeline.image_shape)
     assert sum(entry.num_params for entry in entries) == count_params(pipeline.params)
-    assert {entry.skip_out for entry in entries} - {None} == set(range(count_skips(pipeline._model.apply)))
+    assert {entry.skip_out for entry in entries} - {None} == set(range(count_skips(pipeline.apply)))
 
 
 @pytest.mark.parametrize('kind', ['unet', 'transformer'])

@@ -5,7 +5,8 @@ import pytest
 
 from diffusion_jax import SamplingDiverged, UsageError, samplers, schedules
 from diffusion_jax.pipelines import ImagePipeline
-from diffusion_jax.pipelines.images import _sample, parse_labels, save_npz
+from diffusion_jax.pipelines.drawing import sample as compiled_sample
+from diffusion_jax.pipelines.images import parse_labels, save_npz
 from diffusion_jax.training.sharding import make_mesh
 
 CHAIN = schedules.cosine(100)
@@ -61,13 +62,13 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
 def test_new_values_compile_nothing():
     pipeline = make()
     pipeline(16, steps=6, guidance_scale=1.0, labels=[0], batch_size=16)
-    before = _sample._cache_size()
+    before = compiled_sample._cache_size()
     for seed, scale, labels, eta in [(1, 2.0, [1], 0.5), (2, 0.0, [0, 2], 1.0), (3, 7.5, None, 0.0)]:
         pipeline(16, steps=6, guidance_scale=scale, labels=labels, seed=seed, eta=eta, batch_size=16)
     pipeline(40, steps=6, guidance_scale=3.0, batch_size=16, spacing='leading')
     another = make()  # of the same network
     another(16, steps=6, guidance_scale=3.0, batch_size=16)
-    assert _sample._cache_size() == before
+    assert compiled_sample._cache_size() == before
 
 
 def test_guidance_one_is_the_conditional_model():
@@ -134,10 +135,10 @@ def test_every_solver_draws_the_images_of_the_model():
 
 def test_guidance_options_compile_nothing_new_and_do_something():
     make()(8, steps=3, guidance_scale=2.0, guidance_interval=(-1.0, 1.0))
-    before = _sample._cache_size()
+    before = compiled_sample._cache_size()
     low = make()(8, steps=3, guidance_scale=4.0, guidance_interval=(-30.0, 30.0)).images
     off = make()(8, steps=3, guidance_scale=4.0, guidance_interval=(29.0, 30.0)).images
-    assert _sample._cache_size() == before
+    assert compiled_sample._cache_size() == before
     np.testing.assert_allclose(off.astype(int), make()(8, steps=3).images, atol=1)  # a level of 0 rounds either way
     assert np.abs(low.astype(int) - off).max() > 20
 
