@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
-from scipy.integrate import solve_ivp
 
 from diffusion_jax.denoisers import Denoiser
 from diffusion_jax.errors import UsageError
@@ -105,6 +104,8 @@ class GaussianMixture:
             share = np.exp(log_terms - log_terms.max(axis=1, keepdims=True))
             share /= share.sum(axis=1, keepdims=True)
             return np.einsum('bk,bke,kde->bd', share, inside / total, axes + 0 * self.means[:, :, None]).ravel() * ratio
+
+        from scipy.integrate import solve_ivp  # a third of a second, which an import of the library need not wait for
 
         ratios = np.exp(-0.5 * np.asarray(log_snrs, np.float64))
         solution = solve_ivp(
