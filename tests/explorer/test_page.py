@@ -11,6 +11,7 @@ from diffusion_jax import data, process, samplers, schedules
 from diffusion_jax.compilation import count_programs
 from diffusion_jax.evaluation import solver_errors
 from diffusion_jax.explorer import forward, network, pictures, solver_plot
+from diffusion_jax.explorer.assembly import tabs_of
 from diffusion_jax.images import to_float, to_uint8
 from diffusion_jax.models import inspection
 
@@ -217,10 +218,12 @@ def test_a_hostile_url_opens_a_page_all_the_same(browser, query):
     assert 'alert' not in browser.js('return document.body.innerHTML').replace('alertdialog', '')
 
 
-def test_no_request_leaves_this_machine(browser):
+def test_no_request_leaves_this_machine(browser, digits):
     browser.open()
-    browser.go_to('Schedules')
-    browser.until(lambda: browser.plot('schedules-plot'))
+    for name, module in tabs_of(digits).items():
+        browser.go_to(module.TITLE)
+        drawn = f'#tab-{name} :is(figure img, svg.dj-map, .js-plotly-plot)'
+        browser.until(lambda drawn=drawn: browser.all(drawn), drawn)
     elsewhere = [
         url
         for url in browser.requests()

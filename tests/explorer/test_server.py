@@ -1,6 +1,7 @@
 """The server: what hostile callers send over its HTTP API, who may read what, and who waits for whom."""
 
 import json
+import shutil
 import threading
 import time
 import urllib.error
@@ -11,13 +12,16 @@ import jax
 import numpy as np
 import pytest
 from pages import pictures_of
+from runs import ROOT, load_config
 
-from diffusion_jax import pretrained
+from diffusion_jax import explorer, pretrained
 from diffusion_jax.explorer import build, checks, serve
 from diffusion_jax.images import to_uint8
 from diffusion_jax.pipelines import stepwise
 
 pytestmark = pytest.mark.browser
+
+DIGITS = ROOT / 'diffusion_jax' / 'shipped' / 'digits.safetensors'
 
 
 def window(driver, address):
@@ -325,20 +329,47 @@ def test_what_fails_at_the_first_view_is_said_in_its_own_tab(browser):
     assert 'low < high' in message
 
 
-def test_a_broken_model_says_so_on_the_page(driver, tmp_path):
-    from runs import load_config
+def nothing(workdir, folder):
+    return load_config(), folder / 'nothing'
 
-    from diffusion_jax.explorer import of_config
 
-    try:
-        of_config(load_config(), tmp_path / 'nothing')
-    except Exception as error:
-        blocks = build(error)
+def half_a_file(workdir, folder):
+    (folder / 'half.safetensors').write_bytes(DIGITS.read_bytes()[:-1000])
+    return load_config(init_from=str(folder / 'half.safetensors')), folder / 'nothing'
+
+
+def another_file(workdir, folder):
+    return load_config(init_from=str(ROOT / 'README.md')), folder / 'nothing'
+
+
+def damaged_checkpoints(workdir, folder):
+    shutil.copytree(workdir, folder / 'damaged')
+    for path in (folder / 'damaged' / 'checkpoints').rglob('*'):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return load_config(), folder / 'damaged'
+
+
+@pytest.mark.parametrize(
+    ('damage', 'said'),
+    [
+        (nothing, 'no run in'),
+        (half_a_file, 'half.safetensors is no safetensors file, or is damaged'),
+        (another_file, 'README.md'),
+        (damaged_checkpoints, 'none of the checkpoints in'),
+    ],
+)
+def test_a_broken_model_says_so_on_the_page(driver, workdir, tmp_path, monkeypatch, damage, said):
+    config, folder = damage(workdir, tmp_path)
+    built = []
+    monkeypatch.setattr(explorer, 'serve', lambda blocks, port, share: built.append(blocks))
+    explorer.explore(config, folder)
+    (blocks,) = built
     _, address, _ = serve(blocks, port=0, block=False)
     try:
         driver.get(address)
         browser = window(driver, address)
-        browser.until(lambda: 'no run in' in browser.text('#broken'))
+        browser.until(lambda: said in browser.text('#broken'))
     finally:
         blocks.close()
 
