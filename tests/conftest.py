@@ -23,7 +23,7 @@ FLAGS = (
 )
 os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *FLAGS))
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(COMPILED)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402  (after the environment is set)
 import pytest  # noqa: E402
@@ -31,7 +31,7 @@ import pytest  # noqa: E402
 # A plugin of pytest's may have imported JAX before this file was read.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_compilation_cache_dir', str(COMPILED))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 sys.path.insert(0, str(ROOT))  # main.py and configs/ are not part of the package
 

@@ -31,7 +31,7 @@ def load_config(path: Path = TINY, **changes) -> ConfigDict:
 
 def start(*arguments: str, devices: int = 1, config: Path = TINY) -> subprocess.Popen:
     """`python main.py` on that many simulated devices, as a user's shell would start it."""
-    flags = f'--xla_force_host_platform_device_count={devices}'
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'  # the last one holds
     return subprocess.Popen(
         [sys.executable, 'main.py', f'--config={config}', *arguments],
         cwd=ROOT,

@@ -171,6 +171,7 @@ def direct_loss(objective, params, against, x, key, adaptive):
     return total + objective.discriminator_weight * adaptive * adversarial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', ['autoencoder_kl', 'autoencoder_vq'])
 def test_a_step_is_that_of_the_gradient_of_the_objective(model):
     """The adaptive weight, and gradients that came by way of the reconstructions, against plain differentiation."""
@@ -211,6 +212,7 @@ def test_a_step_is_that_of_the_gradient_of_the_objective(model):
     assert metrics['skipped'] == 0
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     _, objective, optimizer, state, images = parts('autoencoder_vq')  # draws nothing
     split, metrics = make_step(objective, optimizer, accumulate=2)(state, {}, {'image': images})
@@ -222,6 +224,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does():
     _, objective, optimizer, state, images = parts()
     mesh = make_mesh()

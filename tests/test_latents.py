@@ -251,6 +251,7 @@ def test_a_run_knows_its_latents_and_keeps_its_autoencoder(autoencoder, finished
     assert raw.images.shape == (4, 4, 4, 2)
 
 
+@pytest.mark.slow
 def test_another_autoencoder_is_refused_and_a_better_decoder_is_not(autoencoder, finished, tmp_path):
     other = exported(tmp_path / 'other', seed=7)
     with pytest.raises(UsageError, match='is not the autoencoder that this model was trained with'):
@@ -366,6 +367,7 @@ def text_run(captioned, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_network_with_its_own_text_encoder_is_trained_and_generates(captioned, text_run):
     config = text_config(captioned)
     before, after = (Checkpoints(text_run).steps(), 12)
@@ -381,6 +383,7 @@ def test_a_network_with_its_own_text_encoder_is_trained_and_generates(captioned,
     assert sample(config, text_run).exists()  # the texts of held-out images
 
 
+@pytest.mark.slow
 def test_the_text_is_what_changes_the_image_and_its_encoder_learns(text_run):
     pipeline, _ = load_pipeline(text_run)
     settings = {'steps': 3, 'batch_size': 8, 'seed': [5]}
@@ -391,9 +394,10 @@ def test_the_text_is_what_changes_the_image_and_its_encoder_learns(text_run):
     assert moved['encoder']['layers']['0']['mlp']['fc1']['kernel'] > 0
 
 
+@pytest.mark.slow
 def test_a_context_that_was_encoded_before_gives_the_same(text_run):
     pipeline, _ = load_pipeline(text_run)
-    apply, params = pipeline._model.apply, pipeline.params
+    apply, params = pipeline.apply, pipeline.params
     ids = ClipTokenizer.small()(['a red square', ''], 8)
     x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.full(2, 0.5)
     context = apply(params, ids, method='encode').last

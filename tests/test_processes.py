@@ -31,7 +31,7 @@ def start(workdir, processes, *arguments):
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
-    flags = f'--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0'
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={8 // processes}'
     return [
         subprocess.Popen(
             [

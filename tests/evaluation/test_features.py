@@ -55,7 +55,7 @@ def weights_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope='module', params=['pytorch_fid', 'torch_fidelity'])
+@pytest.fixture(scope='module', params=[pytest.param('pytorch_fid', marks=pytest.mark.slow), 'torch_fidelity'])
 def read(request, weights_file):
     """(name, what our network reads in the fixture's two sets of images)."""
     network = load_inception(weights_file, like_pytorch_fid=request.param == 'pytorch_fid')

@@ -56,6 +56,7 @@ def test_names_cannot_become_markup(workdir, tmp_path):
     assert '<b>' not in path.read_text()
 
 
+@pytest.mark.slow
 def test_scores_during_training_are_written_with_the_metrics(tmp_path):
     config = load_config(
         evaluate__every=6, evaluate__num_during_training=70, evaluate__evaluators=('frechet_distance',)
@@ -85,6 +86,7 @@ def test_an_evaluation_says_what_repeats_it_and_does(workdir, tmp_path):
     assert not list((tmp_path / 'a' / 'evaluation').glob('*.parts'))
 
 
+@pytest.mark.slow
 def test_one_two_and_eight_devices_score_the_same(workdir, tmp_path):
     import jax
 

@@ -259,6 +259,7 @@ def assert_same_latents(ours, theirs, settings):
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_a_text_to_image_model_of_ours_is_a_stable_diffusion(autoencoder, tmp_path, command):
     path = model_of(
         tmp_path,

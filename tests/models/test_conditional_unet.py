@@ -99,6 +99,7 @@ def tiny_inputs(batch=2):
     return jnp.ones((batch, 8, 8, 4)), jnp.arange(batch) * 100.0, {'context': jnp.ones((batch, 3, 6))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['convs', 'blocks'])
 def test_gradients_do_not_depend_on_what_is_kept(remat):
     x, t, given = tiny_inputs()

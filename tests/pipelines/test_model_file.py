@@ -52,6 +52,7 @@ def test_a_folder_with_a_run_will_do_too(workdir):
     np.testing.assert_array_equal(pipeline(3, steps=2).images, load_pipeline(workdir)[0](3, steps=2).images)
 
 
+@pytest.mark.slow
 def test_training_begins_from_a_model_and_then_goes_on_by_itself(exported, workdir, tmp_path):
     config = load_config(
         init_from=str(exported),

@@ -45,7 +45,7 @@ def programs():
     return program
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_no_end_of_any_grid_gives_nan(name, dtype, programs):
     schedule = SCHEDULES[name]

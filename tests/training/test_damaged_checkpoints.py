@@ -181,7 +181,8 @@ def test_processes_agree_on_what_is_damaged_and_on_digests(tmp_path):
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = str(probe.getsockname()[1])
-    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'PYTHONPATH': str(ROOT)}
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=4'
+    environment = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
     processes = [
         subprocess.Popen(
             [sys.executable, '-c', PROCESS, str(i), port, str(tmp_path)],

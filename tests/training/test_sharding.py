@@ -183,6 +183,7 @@ def test_an_all_gather_of_the_optimiser_would_be_seen():
     assert ancestors_of_gathers(hlo) == [frozenset({'opt_state'})]
 
 
+@pytest.mark.slow
 def test_rematerialised_and_accumulated_steps_learn_the_same():
     mesh = make_mesh(devices=jax.devices()[:1])
     plain = compiled(mesh)[0].memory_analysis().temp_size_in_bytes
@@ -219,6 +220,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     np.testing.assert_allclose(metrics_of_four['grad_norm'], metrics['grad_norm'], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_steps_in_one_dispatch_are_those_steps():
     mesh = make_mesh(devices=jax.devices()[:1])
     steps, create = compiled(mesh, per_dispatch=STEPS)
