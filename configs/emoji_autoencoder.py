@@ -6,6 +6,7 @@
 data/emoji is what experiments/emoji/build.py writes. Any folder (--config.data.dir=FOLDER) will do that holds pictures
 and metadata.jsonl, a line {"file_name": .., "text": ..} for each; the texts are not used here.
 1.39 M parameters, L1 and a small KL. On two CPU cores it took 29 minutes; held-out emoji come back at 31.2 dB (PSNR).
+On one H100, 16,000 steps of 32 took a minute and a half, after half a minute of compiling: 35.7 dB.
 """
 
 from diffusion_jax.config import default_config, model_section
