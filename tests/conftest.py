@@ -44,7 +44,7 @@ def pytest_sessionstart(session):
     for path in sorted(COMPILED.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
         kept += path.stat().st_size
         if kept > MAX_COMPILED_BYTES:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope='module', autouse=True)
